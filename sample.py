@@ -1,0 +1,137 @@
+"""Write text with a trained model: python sample.py [--checkpoint out/toy/checkpoint.pt] [--prompt "def "]
+
+The checkpoint holds model, config and the tokenizer's name. The prompt is read once; after that each step feeds one
+new token per sample and finds the past in a key/value cache. Text appears as it is written.
+"""
+
+import argparse
+import codecs
+import sys
+from collections.abc import Iterator
+
+import tiktoken
+import torch
+
+from data.prepare import load_tokenizer, parse_args, run_script
+from kha import Transformer, load_checkpoint
+
+
+def pick_device(name: str) -> str:
+    """The device to run on: `name`, or for "auto" the best there is. Raises ValueError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, available in there.items() if available)
+    if not there.get(name.split(":")[0], False):
+        raise ValueError(f"device {name!r} is not available here: choose from {', '.join(d for d in there if there[d])}")
+    return name
+
+
+def sample_logits(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Draw a token from each row of logits (B, V): (B,). Temperature 0 takes the likeliest.
+
+    top_k > 0 keeps the k likeliest tokens; top_p < 1 the fewest likeliest that together have at least probability p.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    values, tokens = (logits.float() / temperature).sort(dim=-1, descending=True)  # (B, V), likeliest first
+    if top_k:
+        values, tokens = values[:, :top_k], tokens[:, :top_k]
+    probs = values.softmax(-1)
+    probs[probs.cumsum(-1) - probs >= top_p] = 0  # before it there is enough already
+    return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(-1)
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer, prompt: list[int], n_samples: int = 1, max_new_tokens: int = 200, temperature: float = 0.8,
+    top_k: int = 0, top_p: float = 1.0, seed: int = 0, n_vocab: int | None = None, eot: int | None = None,
+) -> Iterator[list[int | None]]:
+    """Continue `prompt`, token ids, n_samples times as one batch. Yields the next token of every sample, None for one
+    that has ended with token `eot`; stops when all have. Ids from n_vocab on are never drawn.
+
+    Raises ValueError, before anything is computed, for a prompt or a length that the model cannot take.
+    """
+    config = model.config
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least one token")
+    if max(prompt) >= config.vocab_size or min(prompt) < 0:
+        raise ValueError(f"the prompt has a token outside the model's vocabulary of {config.vocab_size}")
+    if min(n_samples, max_new_tokens) < 1:
+        raise ValueError("n_samples and max_new_tokens must be at least 1")
+    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
+        raise ValueError("temperature and top_k must not be negative, and top_p must be above 0 and at most 1")
+    length = len(prompt) + max_new_tokens
+    if length > config.block_size:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones are more than the model's context of"
+            f" {config.block_size}: give a shorter prompt or a smaller --max_new_tokens"
+        )
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    cache = model.new_cache(length)
+    tokens = torch.tensor([prompt] * n_samples, device=device)  # (B, T)
+    ended = torch.zeros(n_samples, dtype=torch.bool, device=device)
+    for _ in range(max_new_tokens):
+        logits = model(tokens, cache=cache)[:, -1, :n_vocab]  # (B, V)
+        new = sample_logits(logits, temperature, top_k, top_p, generator)
+        if eot is not None:
+            ended |= new == eot
+        yield [None if end else token for token, end in zip(new.tolist(), ended.tolist())]
+        if ended.all():
+            return
+        tokens = new[:, None]
+
+
+def write_samples(model: Transformer, tokenizer: tiktoken.Encoding, prompt: str, n_samples: int = 1, **options) -> None:
+    """Print the prompt (an empty one: the start of a document) and its continuations by `generate`.
+
+    One sample streams as it is written; of several, each is printed when all are ready, under a ruler.
+    """
+    ids = tokenizer.encode(prompt, disallowed_special=()) or [tokenizer.eot_token]
+    steps = generate(model, ids, n_samples, n_vocab=tokenizer.n_vocab, eot=tokenizer.eot_token, **options)
+    # A token may end within a UTF-8 character: the decoder waits for the rest.
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(n_samples)]
+    texts = [prompt] * n_samples
+    for step, new in enumerate(steps):
+        if n_samples == 1 and step == 0:
+            print(prompt, end="", flush=True)
+        for i, token in enumerate(new):
+            text = "" if token is None else decoders[i].decode(tokenizer.decode_single_token_bytes(token))
+            texts[i] += text
+            if n_samples == 1:
+                print(text, end="", flush=True)
+    rests = [decoder.decode(b"", final=True) for decoder in decoders]
+    if n_samples == 1:
+        print(rests[0])
+        return
+    for i, (text, rest) in enumerate(zip(texts, rests), start=1):
+        print(f"--- {i} of {n_samples} ---\n{text}{rest}")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("sample.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--checkpoint", default="out/toy/checkpoint.pt")
+    parser.add_argument("--prompt", default="", help="text to continue; - reads standard input; default: a new document")
+    parser.add_argument("--n_samples", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of probability p")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    options = vars(parse_args(parser, argv))
+
+    device = pick_device(options.pop("device"))
+    model, checkpoint = load_checkpoint(options.pop("checkpoint"), device)
+    if device.startswith("cuda"):
+        for p in model.parameters():  # not the balancing bias: a step of it is finer than bfloat16
+            p.data = p.data.bfloat16()
+    if options["prompt"] == "-":
+        options["prompt"] = sys.stdin.read()
+    write_samples(model, load_tokenizer(checkpoint["tokenizer"]), **options)
+
+
+if __name__ == "__main__":
+    run_script(main)
