@@ -15,11 +15,13 @@ import dataclasses
 import math
 import os
 import pickle
+import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.parametrize as parametrize
 
 from moe import MoE, SwiGLU, upcast
 
@@ -38,6 +40,9 @@ class Config:
     n_head: int = 12  # query heads
     n_kv_head: int = 12  # key and value heads: n_head is MHA, 1 is MQA, between them GQA
     head_dim: int = 64
+    attention: str = "gqa"  # gqa, gta or mla
+    kv_rank: int = 0  # MLA: width of the cached latents, all n_kv_head together (1 is MLA, more is GLA)
+    q_rank: int = 0  # MLA: width of the query's latent, 0 for none
     d_ff: int = 2048  # width of the SwiGLU, with experts of each one
     n_expert: int = 0  # 0 is a dense model
     top_k: int = 0  # experts per token
@@ -48,21 +53,39 @@ class Config:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        may_be_zero = ("n_expert", "top_k")
+        may_be_zero = ("n_expert", "top_k", "kv_rank", "q_rank")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type in (int, float) and (value < 0 or value == 0 and field.name not in may_be_zero):
                 raise ValueError(f"{field.name} must be positive, not {value}")
-            if field.name.startswith("knock_") and value not in KNOCKS:
-                raise ValueError(f"{field.name} must be one of {', '.join(KNOCKS)}, not {value!r}")
+            choices = KNOCKS if field.name.startswith("knock_") else ATTENTIONS if field.name == "attention" else None
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, not {value!r}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head must be a multiple of n_kv_head, but {self.n_head} is not one of {self.n_kv_head}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, for RoPE turns pairs, not {self.head_dim}")
+        if self.head_dim % 2 or self.rope_dim % 2:
+            raise ValueError(f"head_dim must be even (gta, mla: a multiple of 4), for RoPE turns pairs, not {self.head_dim}")
+        if self.attention == "gta" and self.knock_k != "none":
+            raise ValueError("gta has one state for key and value, and knock_v knocks it: leave knock_k none")
+        if self.attention == "mla":
+            if {self.knock_q, self.knock_k, self.knock_v} - {"none", "linear"}:
+                raise ValueError(
+                    "mla takes linear knocks only: it never makes the keys and values on which a non-linear one could"
+                    " act when decoding: set knock_q, knock_k, knock_v to linear or none"
+                )
+            if self.kv_rank == 0 or self.kv_rank % self.n_kv_head:
+                raise ValueError(f"mla needs a kv_rank that is a multiple of n_kv_head, not {self.kv_rank}")
+        elif self.kv_rank or self.q_rank:
+            raise ValueError(f"kv_rank and q_rank belong to mla, not to {self.attention}: leave them 0")
         if (self.n_expert == 0) != (self.top_k == 0) or self.top_k > self.n_expert:
             raise ValueError(f"top_k must be in 1..n_expert (0 for a dense model), not {self.top_k} of {self.n_expert}")
         if self.n_expert and (self.n_embd % 8 or self.d_ff % 8):  # grouped_mm reads rows of whole 16 bytes
             raise ValueError(f"with experts, n_embd and d_ff must be multiples of 8, not {self.n_embd} and {self.d_ff}")
+
+    @property
+    def rope_dim(self) -> int:
+        """How many features of a head RoPE turns: all of them, in GTA and MLA head_dim/2."""
+        return self.head_dim if self.attention == "gqa" else self.head_dim // 2
 
 
 _paper = dict(vocab_size=157184, head_dim=128, n_head=32, n_kv_head=4, block_size=4096)  # the Ling 2.0 tokenizer
@@ -89,48 +112,67 @@ CONFIGS = {
 # Knocks: what one head learns, all heads share
 
 
-class KnockLinear(nn.Module):
-    """KHA-Linear, eq. 5-7: x T, with one T (head_dim, head_dim) for all heads. (..., head, head_dim) -> the same."""
+class Knock(nn.Module):
+    """One (head_dim, head_dim) matrix for each name in `matrices`, shared by all heads, at the identity."""
+
+    matrices: tuple[str, ...]
 
     def __init__(self, head_dim: int):
         super().__init__()
-        self.t = nn.Parameter(torch.empty(head_dim, head_dim))
+        for name in self.matrices:
+            self.register_parameter(name, nn.Parameter(torch.empty(head_dim, head_dim)))
+        self.reset_parameters()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.t.to(x.dtype)
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Section 3.3: identity matrices, and a gate of zeros for 2 sigmoid(0) = 1, so that the knock does nothing."""
+        for name, p in self.named_parameters():
+            p.zero_() if name == "gate" else nn.init.eye_(p)
 
 
-class KnockMLP(nn.Module):
-    """KHA-MLP, eq. 9: 2 (x W^up * sigmoid(x W^gate)) W^down, shared by all heads. (..., head, head_dim) -> the same."""
+class KnockLinear(Knock):
+    """KHA-Linear, eq. 5-7: x_i T for every head i, done on the weight.
 
-    def __init__(self, head_dim: int):
-        super().__init__()
-        self.up = nn.Parameter(torch.empty(head_dim, head_dim))
-        self.gate = nn.Parameter(torch.empty(head_dim, head_dim))
-        self.down = nn.Parameter(torch.empty(head_dim, head_dim))
+    x_i T = X W_i T = X (W_i T): the paper absorbs T at inference (eq. 8); the same product serves training, where its
+    cost does not grow with the number of tokens. So this is a parametrization of the weight (n_head * head_dim, n_in)
+    of an nn.Linear, whose block of rows W_i^T becomes (W_i T)^T.
+    """
+
+    matrices = ("t",)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return (self.t.mT @ weight.unflatten(0, (-1, len(self.t)))).flatten(0, 1)  # (H * D, C)
+
+
+class KnockMLP(Knock):
+    """KHA-MLP, eq. 9: 2 (x W^up * sigmoid(x W^gate)) W^down for every head: (..., head, head_dim) -> the same."""
+
+    matrices = ("up", "gate", "down")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         up, gate = x @ self.up.to(x.dtype), x @ self.gate.to(x.dtype)
         return 2 * (up * gate.sigmoid()) @ self.down.to(x.dtype)
 
 
-class KnockGate(nn.Module):
+class KnockGate(Knock):
     """The gate alone, 2 x * sigmoid(x W^gate): the ablation of Table 2, which harms. (..., head, head_dim) -> the same."""
 
-    def __init__(self, head_dim: int):
-        super().__init__()
-        self.gate = nn.Parameter(torch.empty(head_dim, head_dim))
+    matrices = ("gate",)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * x * (x @ self.gate.to(x.dtype)).sigmoid()
 
 
-def no_knock(head_dim: int) -> nn.Module:
-    """The baseline: every head keeps its own features."""
-    return nn.Identity()
+KNOCKS = {"none": None, "linear": KnockLinear, "mlp": KnockMLP, "gate": KnockGate}
 
 
-KNOCKS = {"none": no_knock, "linear": KnockLinear, "mlp": KnockMLP, "gate": KnockGate}
+def knock_on(projection: nn.Linear, kind: str, head_dim: int) -> nn.Module:
+    """Let the heads that `projection` makes knock. Returns the module to apply to its output (..., head, head_dim):
+    for `linear` the identity, since the knock acts within the projection's weight."""
+    if kind == "linear":
+        parametrize.register_parametrization(projection, "weight", KnockLinear(head_dim))
+    return KNOCKS[kind](head_dim) if kind in ("mlp", "gate") else nn.Identity()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
@@ -167,6 +209,18 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """softmax(q k^T * scale) v for each head (eq. 4), where q (B, T, H, D) are the last T of the S positions of
+    k (B, S, H_kv, D) and v (B, S, H_kv, D_v) and see what is not after them: (B, T, H, D_v). H/H_kv query heads share
+    a key/value head; scale is 1/sqrt(D) if not given."""
+    T, S = q.shape[1], k.shape[1]
+    mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    gqa = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, scale=scale, enable_gqa=gqa)
+    return y.transpose(1, 2)  # (B, T, H, D)
+
+
 class Cache:
     """What one layer must remember of the past: tensors (B, T, ...), kept in buffers for `length` positions."""
 
@@ -189,37 +243,135 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (eq. 1-4; MHA and MQA are its ends) with knocking heads: (B, T, C) -> (B, T, C).
+    """What all variants share: (B, T, C) -> (B, T, C).
+
+    A variant's `project` makes the queries and what a later token must remember of these (the cache's content);
+    its `attend` makes keys and values of that, and attends: (B, T, H, D).
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.wo = Linear(config.n_head * config.head_dim, config.n_embd)
+
+    def forward(self, x: torch.Tensor, rope: tuple, cache: Cache | None = None) -> torch.Tensor:
+        q, *state = self.project(x, rope)
+        if cache is not None:
+            state = cache.append(*state)
+        return self.wo(self.attend(q, *state).flatten(2))
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Heads side by side, apart: (B, T, H * D) -> (B, T, H, D)."""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def add_knocks(self, config: Config) -> None:
+        """Knocks on the variant's projections wq, wk, wv, as far as it has them."""
+        for part in "qkv":
+            if projection := getattr(self, f"w{part}", None):
+                knock = knock_on(projection, getattr(config, f"knock_{part}"), self.head_dim)
+                setattr(self, f"knock_{part}", knock)
+
+
+class GQA(Attention):
+    """Grouped-query attention (eq. 1-4); n_kv_head = n_head is MHA, n_kv_head = 1 MQA.
 
     Knocks come after the projections and before QK-norm (section 4.5.2), RoPE and attention.
     """
 
     def __init__(self, config: Config):
-        super().__init__()
-        self.head_dim = D = config.head_dim
-        self.wq = Linear(config.n_embd, config.n_head * D)
-        self.wk = Linear(config.n_embd, config.n_kv_head * D)
-        self.wv = Linear(config.n_embd, config.n_kv_head * D)
-        self.wo = Linear(config.n_head * D, config.n_embd)
-        self.knock_q, self.knock_k, self.knock_v = (
-            KNOCKS[kind](D) for kind in (config.knock_q, config.knock_k, config.knock_v)
-        )
+        super().__init__(config)
+        C, D = config.n_embd, config.head_dim
+        self.wq = Linear(C, config.n_head * D)
+        self.wk = Linear(C, config.n_kv_head * D)
+        self.wv = Linear(C, config.n_kv_head * D)
         self.q_norm, self.k_norm = (RMSNorm(D, eps=config.norm_eps) for _ in range(2))
+        self.add_knocks(config)
 
-    def forward(self, x: torch.Tensor, rope: tuple, cache: Cache | None = None) -> torch.Tensor:
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, T, H, D)
+    def project(self, x: torch.Tensor, rope: tuple) -> tuple[torch.Tensor, ...]:
+        q, k, v = self.heads(self.wq(x)), self.heads(self.wk(x)), self.heads(self.wv(x))  # (B, T, H, D)
         q, k, v = self.knock_q(q), self.knock_k(k), self.knock_v(v)  # the method
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, S, H_kv, D), S >= T
-        T, S = q.shape[1], k.shape[1]
-        # New tokens after cached ones: token t sees all of the past and the new ones up to itself. One token sees all.
-        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D)
-        gqa = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, enable_gqa=gqa)
-        return self.wo(y.transpose(1, 2).flatten(2))  # (B, T, H, D) -> (B, T, C)
+        return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v
 
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return causal_attention(q, k, v)
+
+
+class GTA(Attention):
+    """Grouped-tied attention (Zadouri et al. 2025, arXiv 2505.21487).
+
+    One tied state per key/value head is the value, and its first half the half of the key that RoPE does not turn;
+    the half that it does turn is one head for all. knock_v knocks the tied state once, before it is split, so the
+    cache stays n_kv_head * head_dim + head_dim/2 numbers a token.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        C, D = config.n_embd, config.head_dim
+        self.wq = Linear(C, config.n_head * D)
+        self.wv = Linear(C, config.n_kv_head * D)
+        self.wk_rope = Linear(C, D // 2)
+        self.q_norm = RMSNorm(D, eps=config.norm_eps)
+        self.k_norm, self.k_rope_norm = (RMSNorm(D // 2, eps=config.norm_eps) for _ in range(2))
+        self.add_knocks(config)
+
+    def project(self, x: torch.Tensor, rope: tuple) -> tuple[torch.Tensor, ...]:
+        q, tied = self.knock_q(self.heads(self.wq(x))), self.knock_v(self.heads(self.wv(x)))  # (B, T, H, D)
+        q, q_rope = self.q_norm(q).chunk(2, dim=-1)  # (B, T, H, D/2)
+        k_rope = self.k_rope_norm(self.wk_rope(x))[:, :, None]  # (B, T, 1, D/2)
+        return torch.cat((q, rotate(q_rope, rope)), dim=-1), tied, rotate(k_rope, rope)
+
+    def attend(self, q: torch.Tensor, tied: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
+        k = self.k_norm(tied[..., : self.head_dim // 2])  # (B, S, H_kv, D/2)
+        return causal_attention(q, torch.cat((k, k_rope.expand_as(k)), dim=-1), tied)
+
+
+class MLA(Attention):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434); with n_kv_head > 1 latent heads it is GLA (arXiv
+    2505.21487).
+
+    Keys and values of all heads come from latents, kv_rank/n_kv_head numbers for each of n_kv_head groups of query
+    heads, and RoPE turns head_dim/2 features of its own, which all heads share on the key side. The latents take the
+    norm that elsewhere queries and keys take. Decoding never makes keys and values: W^UK moves to the query, W^UV to
+    the output, and attention runs on the latents, which are all the cache holds. This needs knocks that are linear.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        C, H, D = config.n_embd, config.n_head, config.head_dim
+        self.n_latent, rank = config.n_kv_head, config.kv_rank // config.n_kv_head
+        self.wq_latent = Linear(C, config.q_rank) if config.q_rank else nn.Identity()
+        self.q_norm = RMSNorm(config.q_rank, eps=config.norm_eps) if config.q_rank else nn.Identity()
+        self.wq = Linear(config.q_rank or C, H * D)
+        self.wq_rope = Linear(config.q_rank or C, H * D // 2)
+        self.wkv_latent = Linear(C, config.kv_rank)
+        self.kv_norm = RMSNorm(rank, eps=config.norm_eps)
+        self.wk_rope = Linear(C, D // 2)
+        self.wk = Linear(rank, H * D)  # W^UK and W^UV: head h reads the latent of its group
+        self.wv = Linear(rank, H * D)
+        self.add_knocks(config)
+
+    def project(self, x: torch.Tensor, rope: tuple) -> tuple[torch.Tensor, ...]:
+        c = self.q_norm(self.wq_latent(x))
+        q, q_rope = self.heads(self.wq(c)), self.wq_rope(c).unflatten(-1, (-1, self.head_dim // 2))  # (B, T, H, D[/2])
+        latent = self.kv_norm(self.wkv_latent(x).unflatten(-1, (self.n_latent, -1)))  # (B, T, G, rank)
+        k_rope = self.wk_rope(x)[:, :, None]  # (B, T, 1, D/2)
+        return torch.cat((q, rotate(q_rope, rope)), dim=-1), latent, rotate(k_rope, rope)
+
+    def attend(self, q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
+        # (G, H/G, D, rank); KnockLinear is within these weights
+        wk, wv = (w.weight.to(q.dtype).unflatten(0, (self.n_latent, -1, self.head_dim)) for w in (self.wk, self.wv))
+        if q.shape[1] == latent.shape[1]:  # no past: make keys and values, whose heads are smaller than latents
+            k, v = (torch.einsum("btgr,ghdr->btghd", latent, w).flatten(2, 3) for w in (wk, wv))
+            return causal_attention(q, torch.cat((k, k_rope.expand(-1, -1, k.shape[2], -1)), dim=-1), v)
+        scale = q.shape[-1] ** -0.5
+        q, q_rope = q.split((self.head_dim, self.head_dim // 2), dim=-1)
+        q = torch.einsum("btghd,ghdr->btghr", q.unflatten(2, (self.n_latent, -1)), wk).flatten(2, 3)  # (B, T, H, rank)
+        k = torch.cat((latent, k_rope.expand(-1, -1, self.n_latent, -1)), dim=-1)
+        y = causal_attention(torch.cat((q, q_rope), dim=-1), k, latent, scale)  # (B, T, H, rank)
+        return torch.einsum("btghr,ghdr->btghd", y.unflatten(2, (self.n_latent, -1)), wv).flatten(2, 3)
+
+
+ATTENTIONS = {"gqa": GQA, "gta": GTA, "mla": MLA}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
@@ -231,7 +383,7 @@ class Block(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.attn_norm, self.ffn_norm = (RMSNorm(config.n_embd, eps=config.norm_eps) for _ in range(2))
-        self.attn = Attention(config)
+        self.attn = ATTENTIONS[config.attention](config)
         if config.n_expert:
             self.ffn = MoE(config.n_embd, config.d_ff, config.n_expert, config.top_k)
         else:
@@ -265,7 +417,7 @@ class Transformer(nn.Module):
         end = start + tokens.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than the model's context of {self.config.block_size} (block_size)")
-        rope = rope_tables(torch.arange(start, end, device=tokens.device), self.config.head_dim, self.config.rope_base)
+        rope = rope_tables(torch.arange(start, end, device=tokens.device), self.config.rope_dim, self.config.rope_base)
         x = self.embed(tokens).to(dtype=self.compute_dtype)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, cache[i] if cache else None)
@@ -285,25 +437,29 @@ class Transformer(nn.Module):
         std = 0.02
         out_std = std / math.sqrt(2 * self.config.n_layer)  # GPT-2: keeps the residual stream's size over depth
         for name, p in self.named_parameters():
-            match name.split("."):
-                case [*_, "knock_q" | "knock_k" | "knock_v", "gate"]:
-                    p.zero_()  # 2 sigmoid(0) = 1
-                case [*_, "knock_q" | "knock_k" | "knock_v", _]:
-                    nn.init.eye_(p)
-                case [*_, "norm" | "attn_norm" | "ffn_norm" | "q_norm" | "k_norm", "weight"]:
+            match name.replace("parametrizations.weight.original", "weight").split("."):
+                case [*_, "t" | "up" | "down" | "gate"]:
+                    pass  # knocks, below
+                case [*_, layer, "weight"] | [layer, "weight"] if layer.endswith("norm"):
                     p.fill_(1)
                 case [*_, "wo", "weight"] | [*_, "w_down" | "experts_down"]:
                     p.normal_(std=out_std)
-                case _:  # embedding, wq, wk, wv, w_up, experts_up, router
+                case _:  # embedding, the projections into attention, w_up, experts_up, router
                     p.normal_(std=std)
-        for module in self.modules():
-            if isinstance(module, MoE):
-                module.bias.zero_()
-                module.load.zero_()
+        for knock in self.knocks().values():
+            knock.reset_parameters()
+        for moe in self.moes():
+            moe.bias.zero_()
+            moe.load.zero_()
 
     def moes(self) -> list[MoE]:
         """The mixtures of experts, first layer first; none in a dense model."""
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoE)]
+
+    def knocks(self) -> dict[str, Knock]:
+        """Every knock by its place, such as blocks.0.attn.knock_v."""
+        modules = {name: module for name, module in self.named_modules() if isinstance(module, Knock)}
+        return {re.sub(r"w(.)\.parametrizations\.weight\.0", r"knock_\1", name): m for name, m in modules.items()}
 
     @torch.no_grad()
     def knock_movement(self) -> dict[str, tuple[float, float]]:
@@ -311,10 +467,64 @@ class Transformer(nn.Module):
 
         At the start (1, 0), for gates (0, 0). Figure 3 of the paper shows these matrices after training.
         """
-        matrices = {name: p for name, p in self.named_parameters() if ".knock_" in name}
+        matrices = {f"{place}.{name}": p for place, knock in self.knocks().items() for name, p in knock.named_parameters()}
         return {
             name: (p.diagonal().mean().item(), (p - p.diagonal().diag()).norm().item()) for name, p in matrices.items()
         }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folding: a trained model without its knocks
+
+
+class GatedProjection(nn.Module):
+    """What an MLP or gate knock leaves of a projection x W: 2 (x A * sigmoid(x B)) with A = W W^up (or W), B = W W^gate,
+    side by side in one weight; then, where nothing after it could take it in, W^down on every head."""
+
+    def __init__(self, weight: torch.Tensor, knock: Knock):
+        super().__init__()
+        absorb = KnockLinear(len(knock.gate)).to(weight)
+        parts = []
+        for t in (getattr(knock, "up", absorb.t), knock.gate):
+            absorb.t.copy_(t)
+            parts.append(absorb(weight))
+        self.weight = nn.Parameter(torch.cat(parts))  # (2 * H * D, C)
+        self.down = nn.Parameter(knock.down.clone()) if isinstance(knock, KnockMLP) else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up, gate = F.linear(x, self.weight.to(x.dtype)).chunk(2, dim=-1)
+        y = 2 * up * gate.sigmoid()  # (B, T, H * D)
+        return y if self.down is None else (y.unflatten(-1, (-1, len(self.down))) @ self.down.to(x.dtype)).flatten(-2)
+
+
+@torch.no_grad()
+def fold(model: Transformer) -> Transformer:
+    """Turn a trained model, in place, into one that computes the same without knocks; returns it.
+
+    Linear knocks vanish into W^Q, W^K, W^V (eq. 8). Of an MLP knock the non-linearity remains, in a `GatedProjection`;
+    its W^down vanishes into W^O where the knocked state is nothing but a value, for attention is linear in values.
+    What is folded can sample, not train on; only a model whose knocks were all linear can still be saved.
+    """
+    for attn in (block.attn for block in model.blocks):
+        for part in "qkv":
+            projection, knock = getattr(attn, f"w{part}", None), getattr(attn, f"knock_{part}", None)
+            if projection is not None and parametrize.is_parametrized(projection):
+                # Not remove_parametrizations: it would break deep copies of the model, which share the class it edits.
+                with torch.device("meta"):
+                    plain = Linear(projection.in_features, projection.out_features)
+                plain.weight = nn.Parameter(projection.weight)
+                setattr(attn, f"w{part}", plain)
+            if isinstance(knock, Knock):
+                gated = GatedProjection(projection.weight, knock)
+                if part == "v" and isinstance(attn, GQA) and gated.down is not None:
+                    wo = attn.wo.weight  # (C, H * D), each head's block is (W^O_h)^T
+                    wo.copy_((wo.unflatten(1, (-1, attn.head_dim)) @ gated.down.mT).flatten(1))
+                    gated.down = None
+                setattr(attn, f"w{part}", gated)
+                setattr(attn, f"knock_{part}", nn.Identity())
+    linear = {f"knock_{part}": "none" for part in "qkv" if getattr(model.config, f"knock_{part}") == "linear"}
+    model.config = dataclasses.replace(model.config, **linear)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,11 +546,14 @@ def flops_per_token(model: Transformer, length: int) -> int:
     12 n_layer n_head head_dim length for the attention matrix, causal or not. A knock's weights meet every head.
     """
     c = model.config
-    heads = {"knock_q": c.n_head, "knock_k": c.n_kv_head, "knock_v": c.n_kv_head}
+    kv_heads = c.n_head if c.attention == "mla" else c.n_kv_head
     knocks = sum(
-        p.numel() * (heads[kind] - 1) for name, p in model.named_parameters() for kind in heads if f".{kind}." in name
+        p.numel() * ((c.n_head if place.endswith("q") else kv_heads) - 1)
+        for place, knock in model.knocks().items() for p in knock.parameters()
     )
-    return 6 * (count_params(model)[1] + knocks) + 12 * c.n_layer * c.n_head * c.head_dim * length
+    qk_dim = c.head_dim + (c.rope_dim if c.attention == "mla" else 0)
+    attention = 6 * c.n_layer * c.n_head * (qk_dim + c.head_dim) * length
+    return 6 * (count_params(model)[1] + knocks) + attention
 
 
 def paper_flops(length: int, d: int, n_head: int) -> tuple[int, int, int]:

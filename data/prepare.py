@@ -225,7 +225,7 @@ def find_files(root: str, excluded: Iterable[str] = ()) -> Iterator[Source]:
 
 def download(url: str, path: Path) -> None:
     """Stream `url` into the new file `path`. Raises OSError if that fails."""
-    import requests
+    import requests  # tiktoken brings it along
 
     headers = {"Accept-Encoding": "identity"}  # a .jsonl.gz must arrive as it is, not unpacked on the way
     try:
@@ -271,7 +271,7 @@ def read_documents(sources: list[Source], field: str, val_fraction: float,
             if source.rows is not None:
                 yield from read_rows(source, field, val_fraction)
             elif len(sources) == 1:
-                yield from read_text(source, halve(source.path, val_fraction), dropped)
+                yield from read_text(source, hold_out_end(source.path, val_fraction), dropped)
             else:
                 whole = [(choose_split(source.key, val_fraction), 0, sys.maxsize)]
                 yield from read_text(source, whole, dropped)
@@ -285,7 +285,7 @@ def choose_split(key: str, val_fraction: float) -> str:
     return "val" if draw < val_fraction * 2**64 else "train"
 
 
-def halve(path: Path, val_fraction: float) -> list[tuple[str, int, int]]:
+def hold_out_end(path: Path, val_fraction: float) -> list[tuple[str, int, int]]:
     """The sections (split, first byte, size) of a text that is the whole input: its end is held out."""
     size = path.stat().st_size
     end = int(size * (1 - val_fraction))
@@ -373,10 +373,12 @@ def read_pieces(stream: BinaryIO, size: int = sys.maxsize) -> Iterator[bytes]:
 
 def last_cut(block: bytes) -> int:
     """Where to end a piece of text: after its last line end or, if it has none, before its last character."""
-    line_end = block.rfind(b"\n") + 1
-    # UTF-8 marks all but the first byte of a character with the bits 10; a character has at most four
-    starts = (i for i in range(len(block) - 1, max(len(block) - 5, -1), -1) if block[i] & 0xC0 != 0x80)
-    return line_end or next(starts, len(block))
+    if b"\n" in block:
+        return block.rindex(b"\n") + 1
+    cut = len(block) - 1
+    while cut > 0 and block[cut] & 0xC0 == 0x80:  # the bits 10 mark all but the first byte of a character
+        cut -= 1
+    return max(cut, 0)
 
 
 # ---- tokenising: batches of pieces in, token files out
@@ -505,7 +507,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("inputs", nargs="*", metavar="INPUT")
     parser.add_argument("--out", help="new folder for the token files (data/stdlib if there is no INPUT)")
     parser.add_argument("--tokenizer", default="byte", help=f"one of {', '.join(TOKENIZERS)} (default: byte)")
-    parser.add_argument("--field", default="text", help="of .jsonl and hf: rows, with the text (default: text)")
+    parser.add_argument("--field", default="text", help="of .jsonl and hf: rows, the text (default: text)")
     parser.add_argument("--val_fraction", type=float, default=0.05, help="held out, of 1 (default: 0.05)")
     parser.add_argument("--workers", type=int, help="threads (default: one a core)")
     args = parse_args(parser, argv)

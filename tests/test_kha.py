@@ -1,27 +1,21 @@
 """The knocks, attention and the model against the plainest float64 version of the paper's equations."""
 
+import copy
 import dataclasses
-import itertools
-import math
 
 import pytest
 import torch
+import torch.nn as nn
 
 from kha import (
-    CONFIGS, KNOCKS, Cache, Config, Transformer, count_params, flops_per_token, load_checkpoint, paper_flops, rotate,
-    rope_tables, save_checkpoint,
+    CONFIGS, Cache, Config, Linear, Transformer, count_params, flops_per_token, fold, knock_on, load_checkpoint, paper_flops,
+    rope_tables, rotate, save_checkpoint,
 )
+from sample import generate
+from tests import reference
+from tests.reference import scramble
 
 SMALL = dict(vocab_size=50, block_size=32, n_layer=2, n_embd=24, n_head=6, n_kv_head=2, head_dim=8, d_ff=24)
-
-
-def scramble(module, seed=0):
-    """Random weights everywhere, knocks included, so that no identity hides a mistake."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3)
-    return module
 
 
 def build(name, **overrides):
@@ -32,39 +26,28 @@ def build(name, **overrides):
 # --- knocks ---
 
 
-def knock_reference(kind, weights, x):
-    """Eq. 5-7, eq. 9 and the gate of Table 2, head by head and token by token; x (B, T, H, D)."""
-    out = torch.empty_like(x)
-    for b, t, h in itertools.product(*map(range, x.shape[:3])):
-        row = x[b, t, h]
-        if kind == "linear":
-            out[b, t, h] = row @ weights["t"]
-        if kind == "mlp":
-            hidden = (row @ weights["up"]) * (1 / (1 + torch.exp(-(row @ weights["gate"]))))
-            out[b, t, h] = 2 * (hidden @ weights["down"])
-        if kind == "gate":
-            out[b, t, h] = 2 * row * (1 / (1 + torch.exp(-(row @ weights["gate"]))))
-    return out
-
-
 @pytest.mark.parametrize("kind", ["linear", "mlp", "gate"])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_knock_is_the_equation_forward_and_backward(kind, dtype, tolerance):
     torch.manual_seed(0)
-    knock = scramble(KNOCKS[kind](8).to(dtype))
-    x = torch.randn(2, 5, 3, 8, dtype=dtype, requires_grad=True)
+    projection = Linear(12, 3 * 8)
+    knock = knock_on(projection, kind, 8)
+    both = scramble(nn.ModuleList((projection, knock)).to(dtype))
+    x = torch.randn(2, 5, 12, dtype=dtype, requires_grad=True)
     out_grad = torch.randn(2, 5, 3, 8, dtype=torch.float64)
-    y = knock(x)
+    y = knock(projection(x).unflatten(-1, (3, 8)))
     y.backward(out_grad.to(dtype))
 
-    exact = {name: p.detach().double().requires_grad_() for name, p in knock.named_parameters()}
+    exact = {name.split(".")[-1]: p.detach().double().requires_grad_() for name, p in both.named_parameters()}
+    exact["weight"] = exact.get("weight", exact.get("original"))
     exact_x = x.detach().double().requires_grad_()
-    exact_y = knock_reference(kind, exact, exact_x)
+    exact_y = reference.knock(kind, exact, (exact_x @ exact["weight"].T).unflatten(-1, (3, 8)))
     exact_y.backward(out_grad)
     torch.testing.assert_close(y.double(), exact_y, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=tolerance, atol=tolerance)
-    for name, p in knock.named_parameters():  # every head's gradient arrives in the one shared matrix
-        torch.testing.assert_close(p.grad.double(), exact[name].grad, rtol=tolerance, atol=10 * tolerance)
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=tolerance, atol=10 * tolerance)
+    for name, p in both.named_parameters():  # every head's gradient arrives in the one shared matrix
+        expected = exact[name.split(".")[-1]].grad
+        torch.testing.assert_close(p.grad.double(), expected, rtol=tolerance, atol=100 * tolerance)
 
 
 @pytest.mark.parametrize("place", ["knock_q", "knock_k", "knock_v"])
@@ -77,7 +60,7 @@ def test_at_step_0_the_model_is_the_baseline_bit_for_bit(place, kind, dtype):
     without = Transformer(baseline, dtype)
     torch.manual_seed(7)
     knocking = Transformer(dataclasses.replace(baseline, **{place: kind}), dtype)
-    assert any(place in name for name, _ in knocking.named_parameters())
+    assert list(knocking.knocks()) == [f"blocks.{i}.attn.{place}" for i in range(2)]
     assert torch.equal(without(tokens), knocking(tokens))
 
 
@@ -85,7 +68,7 @@ def test_at_step_0_the_model_is_the_baseline_bit_for_bit(place, kind, dtype):
 def test_one_set_of_knock_matrices_serves_all_heads(kind, matrices):
     for n_head in (2, 6):
         model = Transformer(Config(**{**SMALL, "n_head": n_head, "n_kv_head": n_head, "knock_v": kind}))
-        knocks = [p for name, p in model.named_parameters() if "blocks.0" in name and "knock" in name]
+        knocks = [p for place, knock in model.knocks().items() if "blocks.0" in place for p in knock.parameters()]
         assert [tuple(p.shape) for p in knocks] == [(8, 8)] * matrices
 
 
@@ -94,81 +77,54 @@ def test_knock_movement_reports_diagonal_and_the_rest():
     assert model.knock_movement()["blocks.0.attn.knock_q.t"] == (1, 0)
     assert model.knock_movement()["blocks.1.attn.knock_v.gate"] == (0, 0)
     with torch.no_grad():
-        model.blocks[0].attn.knock_q.t.copy_(torch.eye(8) * 0.5)
-        model.blocks[0].attn.knock_q.t[0, 1], model.blocks[0].attn.knock_q.t[3, 2] = 3, -4
+        t = model.knocks()["blocks.0.attn.knock_q"].t
+        t.copy_(torch.eye(8) * 0.5)
+        t[0, 1], t[3, 2] = 3, -4
     assert model.knock_movement()["blocks.0.attn.knock_q.t"] == (0.5, 5)
 
 
 # --- the model ---
 
 
-def rms_norm(x, weight, eps):
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+LINEAR, MLP, NONE = ("linear",) * 3, ("mlp",) * 3, ("none",) * 3
+VARIANTS = {  # attention: (its shape, the knocks on q, k, v to try)
+    "MQA": (dict(n_kv_head=1), [NONE, LINEAR, MLP]),
+    "GQA": (dict(n_kv_head=2), [NONE, LINEAR, MLP, ("gate",) * 3, ("linear", "none", "mlp")]),
+    "MHA": (dict(n_kv_head=6), [NONE, LINEAR, MLP]),
+    "GTA": (dict(attention="gta"), [NONE, ("linear", "none", "linear"), ("mlp", "none", "mlp"), ("none", "none", "gate")]),
+    "MLA": (dict(attention="mla", n_kv_head=1, kv_rank=20), [NONE, LINEAR]),
+    "MLA with q_rank": (dict(attention="mla", n_kv_head=1, kv_rank=20, q_rank=12), [LINEAR]),
+    "GLA": (dict(attention="mla", n_kv_head=2, kv_rank=20), [NONE, LINEAR]),
+}
+EVERY_VARIANT = pytest.mark.parametrize(
+    "shape", [
+        pytest.param(dict(shape, **dict(zip(("knock_q", "knock_k", "knock_v"), knocks))), id=f"{name}-{'-'.join(knocks)}")
+        for name, (shape, tried) in VARIANTS.items() for knocks in tried
+    ],
+)
 
 
-def model_reference(model, tokens):
-    """The whole dense model in float64, straight from the equations, one head at a time."""
-    c, w = model.config, {name: p.double() for name, p in model.state_dict().items()}
-    x = w["embed.weight"][tokens]
-    B, T, D = *tokens.shape, c.head_dim
-    for i in range(c.n_layer):
-        layer = {name.removeprefix(f"blocks.{i}."): p for name, p in w.items() if name.startswith(f"blocks.{i}.")}
-        h = rms_norm(x, layer["attn_norm.weight"], c.norm_eps)
-        heads = {}
-        for part, n in (("q", c.n_head), ("k", c.n_kv_head), ("v", c.n_kv_head)):
-            z = (h @ layer[f"attn.w{part}.weight"].T).view(B, T, n, D)
-            knock = {m: layer.get(f"attn.knock_{part}.{m}") for m in ("t", "up", "gate", "down")}
-            kind = getattr(c, f"knock_{part}")
-            z = z if kind == "none" else knock_reference(kind, knock, z)
-            if part != "v":
-                z = rms_norm(z, layer[f"attn.{part}_norm.weight"], c.norm_eps)
-                for t, j in itertools.product(range(T), range(D // 2)):
-                    angle = t * c.rope_base ** (-2 * j / D)
-                    a, b = z[:, t, :, j].clone(), z[:, t, :, j + D // 2].clone()
-                    z[:, t, :, j] = a * math.cos(angle) - b * math.sin(angle)
-                    z[:, t, :, j + D // 2] = b * math.cos(angle) + a * math.sin(angle)
-            heads[part] = z
-        outs = []
-        for n in range(c.n_head):
-            kv = n // (c.n_head // c.n_kv_head)
-            scores = heads["q"][:, :, n] @ heads["k"][:, :, kv].mT / math.sqrt(D)
-            scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf)
-            outs.append(scores.softmax(-1) @ heads["v"][:, :, kv])
-        x = x + torch.cat(outs, -1) @ layer["attn.wo.weight"].T
-        h = rms_norm(x, layer["ffn_norm.weight"], c.norm_eps)
-        gate, up = (h @ layer["ffn.w_up"].T).chunk(2, -1)
-        x = x + (gate * torch.sigmoid(gate) * up) @ layer["ffn.w_down"].T
-    return rms_norm(x, w["norm.weight"], c.norm_eps) @ w["embed.weight"].T
+def error(a, b):
+    """Relative error of a tensor against the exact one."""
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
 
 
-@pytest.mark.parametrize("n_kv_head", [1, 2, 6], ids=["MQA", "GQA", "MHA"])
-@pytest.mark.parametrize("knocks", [("none",) * 3, ("linear",) * 3, ("mlp",) * 3, ("linear", "none", "mlp")])
-def test_model_is_the_equations(n_kv_head, knocks):
-    places = dict(zip(("knock_q", "knock_k", "knock_v"), knocks))
-    model = scramble(Transformer(Config(**{**SMALL, "n_kv_head": n_kv_head, **places})).double())
-    tokens = torch.randint(50, (2, 9))
-    exact = model_reference(model, tokens)
-    # RoPE's angles are float32, whatever the model.
-    torch.testing.assert_close(model(tokens), exact, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model.float()(tokens).double(), exact, rtol=1e-3, atol=1e-4)
+@EVERY_VARIANT
+def test_model_is_the_equations_forward_and_backward(shape):
+    model = scramble(Transformer(Config(**{**SMALL, **shape})).double())
+    tokens = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(1))
+    weights = reference.plain_weights(model)
+    exact = reference.forward(model.config, weights, tokens)
+    logits = model(tokens)
+    assert error(logits, exact) < 1e-6  # RoPE's angles are float32, whatever the model
+    out_grad = torch.randn_like(exact)
+    exact.backward(out_grad)
+    logits.backward(out_grad)
+    for (name, p), expected in zip(model.named_parameters(), weights.values(), strict=True):
+        assert error(p.grad, expected.grad) < 1e-5, name
+    assert error(model.float()(tokens), exact) < 1e-4
     loss = -exact.log_softmax(-1).gather(-1, tokens[..., None]).mean()
     torch.testing.assert_close(model(tokens, tokens).double(), loss, rtol=1e-4, atol=1e-5)
-
-
-def test_gradients_of_the_model_are_right():
-    """Autograd through the float64 model against finite differences of its loss, knocks and base weights alike."""
-    model = scramble(Transformer(Config(**SMALL, knock_q="linear", knock_k="mlp")).double())
-    tokens = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(3))
-    model(tokens[:, :-1], tokens[:, 1:]).backward()
-    for name in ("blocks.0.attn.knock_v.gate", "blocks.0.attn.knock_q.t", "blocks.1.attn.knock_k.down", "embed.weight"):
-        p = model.get_parameter(name)
-        direction, losses = torch.randn_like(p), []
-        for sign in (1, -1):
-            with torch.no_grad():
-                p += sign * 1e-5 * direction
-                losses.append(model(tokens[:, :-1], tokens[:, 1:]))
-                p -= sign * 1e-5 * direction
-        torch.testing.assert_close((losses[0] - losses[1]) / 2e-5, (p.grad * direction).sum(), rtol=1e-6, atol=1e-9)
 
 
 def test_rope_turns_with_the_distance_only():
@@ -179,13 +135,42 @@ def test_rope_turns_with_the_distance_only():
     assert not torch.allclose(near, (at(q, 5) * at(k, 3)).sum())
 
 
-@pytest.mark.parametrize("pieces", [[20], [1] * 20, [7, 1, 12], [19, 1]])
-def test_cached_pieces_give_the_logits_of_the_whole(pieces):
-    model = scramble(Transformer(Config(**SMALL, knock_k="mlp", n_expert=4, top_k=2))).eval()
+@EVERY_VARIANT
+@pytest.mark.parametrize("pieces", [[20], [1] * 20, [7, 1, 12], [19, 1]], ids=str)
+def test_cached_pieces_give_the_logits_of_the_whole(shape, pieces):
+    model = scramble(Transformer(Config(**{**SMALL, **shape})).double()).eval()
     tokens = torch.randint(50, (3, 20))
     cache = model.new_cache(20)
     logits = torch.cat([model(part, cache=cache) for part in tokens.split(pieces, dim=1)], dim=1)
-    torch.testing.assert_close(logits, model(tokens), rtol=1e-4, atol=1e-4)
+    assert error(logits, model(tokens)) < 1e-10
+
+
+def test_cached_mixture_of_experts_gives_the_logits_of_the_whole():
+    model = scramble(Transformer(Config(**SMALL, n_expert=4, top_k=2))).eval()
+    tokens = torch.randint(50, (3, 20))
+    cache = model.new_cache(20)
+    logits = torch.cat([model(part, cache=cache) for part in tokens.split([12] + [1] * 8, dim=1)], dim=1)
+    assert error(logits, model(tokens)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "shape,elements",
+    [
+        (dict(n_head=32, n_kv_head=1), 256), (dict(n_head=16, n_kv_head=8), 2048), (dict(n_head=32, n_kv_head=4), 1024),
+        (dict(n_head=16, n_kv_head=16), 4096), (dict(n_head=32, n_kv_head=4, attention="gta"), 512 + 64),
+        (dict(n_head=32, n_kv_head=1, attention="mla", kv_rank=512, knock_v="linear"), 512 + 64),
+        (dict(n_head=32, n_kv_head=2, attention="mla", kv_rank=512, knock_v="linear"), 512 + 64),
+    ],
+    ids=["MQA", "GQA-8", "GQA-4", "MHA", "GTA", "MLA", "GLA"],
+)
+def test_cache_sizes_of_table_3(shape, elements):
+    """Counted from the buffers that sampling fills, per token and layer."""
+    model = fold(Transformer(Config(**{**SMALL, "head_dim": 128, **shape})))
+    list(generate(model, [1, 2, 3], n_samples=2, max_new_tokens=7))
+    caches = []
+    model.new_cache = lambda length: caches.extend(Transformer.new_cache(model, length)) or caches
+    list(generate(model, [1, 2, 3], n_samples=2, max_new_tokens=7))
+    assert {sum(buffer.numel() for buffer in cache.buffers) / (2 * cache.length) for cache in caches} == {elements}
 
 
 def test_cache_says_when_it_is_full():
@@ -207,6 +192,55 @@ def test_bfloat16_activations_on_float32_weights():
     torch.testing.assert_close(logits.float(), model(tokens), rtol=0.05, atol=0.05)
 
 
+# --- folding ---
+
+
+@EVERY_VARIANT
+def test_folded_is_the_same_function_with_fewer_parts(shape):
+    config = Config(**{**SMALL, **shape})
+    tokens = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(2))
+    for seed in range(2):
+        model = scramble(Transformer(config).double(), seed).eval()
+        folded = fold(copy.deepcopy(model))
+        assert not folded.knocks()
+        assert error(folded(tokens), model(tokens)) < 1e-10
+        caches = [m.new_cache(20) for m in (model, folded)]
+        decoded = [torch.cat([m(t, cache=c) for t in tokens.split(1, 1)], 1) for m, c in zip((model, folded), caches)]
+        assert error(decoded[1], decoded[0]) < 1e-10
+        assert [b.shape for c in caches[0] for b in c.buffers] == [b.shape for c in caches[1] for b in c.buffers]
+
+
+@EVERY_VARIANT
+def test_folding_holds_at_the_start_and_after_training_steps(shape):
+    torch.manual_seed(0)
+    model = Transformer(Config(**{**SMALL, **shape})).double()
+    tokens = torch.randint(50, (4, 20))
+    assert error(fold(copy.deepcopy(model))(tokens), model(tokens)) < 1e-10
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(5):
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(off > 0 for _, off in model.knock_movement().values())
+    folded = fold(copy.deepcopy(model))
+    assert error(folded(tokens), model(tokens)) < 1e-10
+
+    for m in (model, folded):  # as sampling has it: bfloat16 weights
+        m.bfloat16()
+    exact = model.float()(tokens)
+    assert error(folded(tokens), exact) < 0.05
+
+
+def test_what_a_fold_leaves():
+    """Linear knocks leave a plain model; an MLP on the value leaves one wider projection and no matrix a head."""
+    linear = fold(Transformer(Config(**SMALL | dict(knock_q="linear", knock_k="linear", knock_v="linear"))))
+    plain = Transformer(Config(**SMALL | dict(knock_v="none")))
+    assert linear.config == plain.config
+    plain.load_state_dict(linear.state_dict())
+    attn = fold(Transformer(Config(**SMALL | dict(knock_v="mlp")))).blocks[0].attn
+    assert {name: tuple(p.shape) for name, p in attn.wv.named_parameters()} == {"weight": (2 * 2 * 8, 24)}
+
+
 # --- sizes and costs ---
 
 
@@ -224,11 +258,17 @@ def test_sizes_of_the_named_configs(name, total, active):
 
 
 @pytest.mark.parametrize(
-    "n_head,n_kv_head,active", [(32, 1, 859), (16, 8, 795), (32, 4, 880), (16, 16, 852)],
-    ids=["MQA", "GQA-8", "GQA-4", "MHA"],
+    "shape,active",
+    [
+        (dict(n_head=32, n_kv_head=1), 859), (dict(n_head=16, n_kv_head=8), 795), (dict(n_head=32, n_kv_head=4), 880),
+        (dict(n_head=16, n_kv_head=16), 852), (dict(n_head=32, n_kv_head=4, attention="gta"), 868),
+        # The paper prints 970 and no ranks; the round numbers nearest to it give 972.
+        (dict(n_head=32, n_kv_head=1, attention="mla", kv_rank=512, q_rank=1024), 972),
+    ],
+    ids=["MQA", "GQA-8", "GQA-4", "MHA", "GTA", "MLA"],
 )
-def test_active_sizes_of_table_3(n_head, n_kv_head, active):
-    model = build("moe-0.8b-6.6b", n_head=n_head, n_kv_head=n_kv_head, knock_v="none")
+def test_active_sizes_of_table_3(shape, active):
+    model = build("moe-0.8b-6.6b", **shape, knock_v="none")
     assert round(count_params(model)[1] / 1e6) == active
 
 
@@ -267,6 +307,13 @@ def test_costs_are_the_papers():
         (dict(n_head=6, n_kv_head=4), "n_head must be a multiple of n_kv_head"),
         (dict(head_dim=7), "head_dim must be even"),
         (dict(knock_v="lnear"), "knock_v must be one of none, linear, mlp, gate"),
+        (dict(attention="mla", kv_rank=16), "mla takes linear knocks only"),
+        (dict(attention="mla", knock_v="linear"), "mla needs a kv_rank"),
+        (dict(attention="mla", knock_v="linear", kv_rank=15), "mla needs a kv_rank"),
+        (dict(attention="gta", knock_k="linear"), "leave knock_k none"),
+        (dict(attention="gta", head_dim=6), "a multiple of 4"),
+        (dict(attention="gpa"), "attention must be one of gqa, gta, mla"),
+        (dict(kv_rank=16), "belong to mla"),
         (dict(n_layer=0), "n_layer must be positive"),
         (dict(n_expert=4, top_k=5), "top_k must be in 1..n_expert"),
         (dict(n_expert=4, top_k=2, d_ff=20), "multiples of 8"),

@@ -1,0 +1,127 @@
+"""The model in float64 as the papers' equations have it: loops over heads, nothing fused, nothing cached."""
+
+import itertools
+import math
+import re
+
+import torch
+
+
+def scramble(module, seed=0):
+    """Random weights everywhere, knocks included, so that no identity hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return module
+
+
+def knock(kind, weights, x):
+    """Eq. 5-7, eq. 9 and the gate of Table 2, head by head; x (B, T, H, D)."""
+    heads = []
+    for head in x.unbind(2):
+        if kind == "linear":
+            head = head @ weights["t"]
+        if kind == "mlp":
+            head = 2 * ((head @ weights["up"]) / (1 + torch.exp(-(head @ weights["gate"])))) @ weights["down"]
+        if kind == "gate":
+            head = 2 * head / (1 + torch.exp(-(head @ weights["gate"])))
+        heads.append(head)
+    return torch.stack(heads, 2)
+
+
+def rms_norm(x, weight, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def rope(x, base):
+    """Turn the pair (j, j + D/2) of the token at t by t * base^(-2j/D); x (B, T, H, D)."""
+    out = torch.empty_like(x)
+    D = x.shape[-1]
+    for t, j in itertools.product(range(x.shape[1]), range(D // 2)):
+        angle = t * base ** (-2 * j / D)
+        a, b = x[:, t, :, j], x[:, t, :, j + D // 2]
+        out[:, t, :, j] = a * math.cos(angle) - b * math.sin(angle)
+        out[:, t, :, j + D // 2] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def softmax_attention(q, k, v):
+    """One head: q, k (B, T, D_qk), v (B, T, D)."""
+    T = q.shape[1]
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf)
+    return scores.softmax(-1) @ v
+
+
+def gqa(c, w, project):
+    q, k, v = project("q"), project("k"), project("v")
+    q = rope(rms_norm(q, w["q_norm.weight"], c.norm_eps), c.rope_base)
+    k = rope(rms_norm(k, w["k_norm.weight"], c.norm_eps), c.rope_base)
+    group = c.n_head // c.n_kv_head
+    return [softmax_attention(q[:, :, h], k[:, :, h // group], v[:, :, h // group]) for h in range(c.n_head)]
+
+
+def gta(c, w, project):
+    half = c.head_dim // 2
+    q, tied, k_rope = project("q"), project("v"), project("k_rope")
+    q = rms_norm(q, w["q_norm.weight"], c.norm_eps)
+    q_rope = rope(q[..., half:], c.rope_base)
+    k_rope = rope(rms_norm(k_rope, w["k_rope_norm.weight"], c.norm_eps), c.rope_base)
+    heads = []
+    for h in range(c.n_head):
+        state = tied[:, :, h // (c.n_head // c.n_kv_head)]
+        key = torch.cat((rms_norm(state[..., :half], w["k_norm.weight"], c.norm_eps), k_rope[:, :, 0]), -1)
+        heads.append(softmax_attention(torch.cat((q[:, :, h, :half], q_rope[:, :, h]), -1), key, state))
+    return heads
+
+
+def mla(c, w, project):
+    D, rank = c.head_dim, c.kv_rank // c.n_kv_head
+    q, q_rope, k_rope = project("q"), rope(project("q_rope"), c.rope_base), rope(project("k_rope"), c.rope_base)
+    heads = []
+    for h in range(c.n_head):
+        g = h // (c.n_head // c.n_kv_head)
+        latent = rms_norm(project("kv_latent")[:, :, 0, g * rank : (g + 1) * rank], w["kv_norm.weight"], c.norm_eps)
+        k, v = (
+            knock(getattr(c, f"knock_{part}"), {"t": w.get(f"knock_{part}.t")},
+                  (latent @ w[f"w{part}.weight"][h * D : (h + 1) * D].T)[:, :, None])[:, :, 0]
+            for part in "kv"
+        )
+        key = torch.cat((k, k_rope[:, :, 0]), -1)
+        heads.append(softmax_attention(torch.cat((q[:, :, h], q_rope[:, :, h]), -1), key, v))
+    return heads
+
+
+def plain_weights(model):
+    """The model's weights in float64, asking for gradients, under the names they have without parametrizations."""
+    tidy = lambda name: re.sub(r"w(.)\.parametrizations\.weight\.0", r"knock_\1", name)
+    return {
+        tidy(name).replace("parametrizations.weight.original", "weight"): p.detach().double().requires_grad_()
+        for name, p in model.named_parameters()
+    }
+
+
+def forward(config, weights, tokens):
+    """Logits (B, T, V) of a dense model of any attention, float64."""
+    c = config
+    x = weights["embed.weight"][tokens]
+    for i in range(c.n_layer):
+        layer = {name.removeprefix(f"blocks.{i}."): p for name, p in weights.items() if name.startswith(f"blocks.{i}.")}
+        w = {name.removeprefix("attn."): p for name, p in layer.items()}
+        h = rms_norm(x, layer["attn_norm.weight"], c.norm_eps)
+
+        def project(part):
+            source, width = h, {"q": c.head_dim, "k": c.head_dim, "v": c.head_dim}.get(part, c.head_dim // 2)
+            if part.startswith("q") and c.q_rank:
+                source = rms_norm(h @ w["wq_latent.weight"].T, w["q_norm.weight"], c.norm_eps)
+            if part == "kv_latent":
+                width = c.kv_rank
+            z = (source @ w[f"w{part}.weight"].T).unflatten(-1, (-1, width))
+            matrices = {m: w.get(f"knock_{part}.{m}") for m in ("t", "up", "gate", "down")}
+            return knock(getattr(c, f"knock_{part}", "none"), matrices, z)
+
+        x = x + torch.cat({"gqa": gqa, "gta": gta, "mla": mla}[c.attention](c, w, project), -1) @ w["wo.weight"].T
+        h = rms_norm(x, layer["ffn_norm.weight"], c.norm_eps)
+        gate, up = (h @ layer["ffn.w_up"].T).chunk(2, -1)
+        x = x + (gate * torch.sigmoid(gate) * up) @ layer["ffn.w_down"].T
+    return rms_norm(x, weights["norm.weight"], c.norm_eps) @ weights["embed.weight"].T
