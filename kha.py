@@ -15,13 +15,11 @@ import dataclasses
 import math
 import os
 import pickle
-import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.nn.utils.parametrize as parametrize
 
 from moe import MoE, SwiGLU, upcast
 
@@ -119,6 +117,7 @@ class Knock(nn.Module):
 
     def __init__(self, head_dim: int):
         super().__init__()
+        self.head_dim = head_dim
         for name in self.matrices:
             self.register_parameter(name, nn.Parameter(torch.empty(head_dim, head_dim)))
         self.reset_parameters()
@@ -130,18 +129,23 @@ class Knock(nn.Module):
             p.zero_() if name == "gate" else nn.init.eye_(p)
 
 
-class KnockLinear(Knock):
-    """KHA-Linear, eq. 5-7: x_i T for every head i, done on the weight.
+def absorb(weight: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Eq. 8, W_i' = W_i T for every head i, on the weight (n_head * head_dim, n_in) of an nn.Linear, where the rows of
+    head i are W_i^T: the same shape."""
+    return (t.mT @ weight.unflatten(0, (-1, len(t)))).flatten(0, 1)
 
-    x_i T = X W_i T = X (W_i T): the paper absorbs T at inference (eq. 8); the same product serves training, where its
-    cost does not grow with the number of tokens. So this is a parametrization of the weight (n_head * head_dim, n_in)
-    of an nn.Linear, whose block of rows W_i^T becomes (W_i T)^T.
+
+class KnockLinear(Knock):
+    """KHA-Linear, eq. 5-7: x_i T for every head i, done on the weight (n_head * head_dim, n_in) that makes x_i.
+
+    x_i T = (X W_i) T = X (W_i T): the paper absorbs T so at inference (eq. 8); in training it is the same product, and
+    its cost does not grow with the number of tokens.
     """
 
     matrices = ("t",)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return (self.t.mT @ weight.unflatten(0, (-1, len(self.t)))).flatten(0, 1)  # (H * D, C)
+        return absorb(weight, self.t.to(weight.dtype))
 
 
 class KnockMLP(Knock):
@@ -163,15 +167,23 @@ class KnockGate(Knock):
         return 2 * x * (x @ self.gate.to(x.dtype)).sigmoid()
 
 
-KNOCKS = {"none": None, "linear": KnockLinear, "mlp": KnockMLP, "gate": KnockGate}
+class NoKnock(Knock):
+    """The baseline: every head keeps its own features."""
+
+    matrices = ()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
-def knock_on(projection: nn.Linear, kind: str, head_dim: int) -> nn.Module:
-    """Let the heads that `projection` makes knock. Returns the module to apply to its output (..., head, head_dim):
-    for `linear` the identity, since the knock acts within the projection's weight."""
-    if kind == "linear":
-        parametrize.register_parametrization(projection, "weight", KnockLinear(head_dim))
-    return KNOCKS[kind](head_dim) if kind in ("mlp", "gate") else nn.Identity()
+KNOCKS = {"none": NoKnock, "linear": KnockLinear, "mlp": KnockMLP, "gate": KnockGate}
+
+
+def heads(x: torch.Tensor, projection: nn.Linear, knock: Knock) -> torch.Tensor:
+    """The heads that a projection makes of x, knocked: (B, T, C) -> (B, T, H, D)."""
+    if isinstance(knock, KnockLinear):
+        return F.linear(x, knock(projection.weight.to(x.dtype))).unflatten(-1, (-1, knock.head_dim))
+    return knock(projection(x).unflatten(-1, (-1, knock.head_dim)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,23 +265,15 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.wo = Linear(config.n_head * config.head_dim, config.n_embd)
+        self.knock_q, self.knock_k, self.knock_v = (
+            KNOCKS[kind](config.head_dim) for kind in (config.knock_q, config.knock_k, config.knock_v)
+        )
 
     def forward(self, x: torch.Tensor, rope: tuple, cache: Cache | None = None) -> torch.Tensor:
         q, *state = self.project(x, rope)
         if cache is not None:
             state = cache.append(*state)
         return self.wo(self.attend(q, *state).flatten(2))
-
-    def heads(self, x: torch.Tensor) -> torch.Tensor:
-        """Heads side by side, apart: (B, T, H * D) -> (B, T, H, D)."""
-        return x.unflatten(-1, (-1, self.head_dim))
-
-    def add_knocks(self, config: Config) -> None:
-        """Knocks on the variant's projections wq, wk, wv, as far as it has them."""
-        for part in "qkv":
-            if projection := getattr(self, f"w{part}", None):
-                knock = knock_on(projection, getattr(config, f"knock_{part}"), self.head_dim)
-                setattr(self, f"knock_{part}", knock)
 
 
 class GQA(Attention):
@@ -285,11 +289,9 @@ class GQA(Attention):
         self.wk = Linear(C, config.n_kv_head * D)
         self.wv = Linear(C, config.n_kv_head * D)
         self.q_norm, self.k_norm = (RMSNorm(D, eps=config.norm_eps) for _ in range(2))
-        self.add_knocks(config)
 
     def project(self, x: torch.Tensor, rope: tuple) -> tuple[torch.Tensor, ...]:
-        q, k, v = self.heads(self.wq(x)), self.heads(self.wk(x)), self.heads(self.wv(x))  # (B, T, H, D)
-        q, k, v = self.knock_q(q), self.knock_k(k), self.knock_v(v)  # the method
+        q, k, v = heads(x, self.wq, self.knock_q), heads(x, self.wk, self.knock_k), heads(x, self.wv, self.knock_v)
         return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -312,10 +314,9 @@ class GTA(Attention):
         self.wk_rope = Linear(C, D // 2)
         self.q_norm = RMSNorm(D, eps=config.norm_eps)
         self.k_norm, self.k_rope_norm = (RMSNorm(D // 2, eps=config.norm_eps) for _ in range(2))
-        self.add_knocks(config)
 
     def project(self, x: torch.Tensor, rope: tuple) -> tuple[torch.Tensor, ...]:
-        q, tied = self.knock_q(self.heads(self.wq(x))), self.knock_v(self.heads(self.wv(x)))  # (B, T, H, D)
+        q, tied = heads(x, self.wq, self.knock_q), heads(x, self.wv, self.knock_v)  # (B, T, H, D)
         q, q_rope = self.q_norm(q).chunk(2, dim=-1)  # (B, T, H, D/2)
         k_rope = self.k_rope_norm(self.wk_rope(x))[:, :, None]  # (B, T, 1, D/2)
         return torch.cat((q, rotate(q_rope, rope)), dim=-1), tied, rotate(k_rope, rope)
@@ -348,18 +349,18 @@ class MLA(Attention):
         self.wk_rope = Linear(C, D // 2)
         self.wk = Linear(rank, H * D)  # W^UK and W^UV: head h reads the latent of its group
         self.wv = Linear(rank, H * D)
-        self.add_knocks(config)
 
     def project(self, x: torch.Tensor, rope: tuple) -> tuple[torch.Tensor, ...]:
         c = self.q_norm(self.wq_latent(x))
-        q, q_rope = self.heads(self.wq(c)), self.wq_rope(c).unflatten(-1, (-1, self.head_dim // 2))  # (B, T, H, D[/2])
+        q = heads(c, self.wq, self.knock_q)  # (B, T, H, D)
+        q_rope = self.wq_rope(c).unflatten(-1, (-1, self.head_dim // 2))  # (B, T, H, D/2)
         latent = self.kv_norm(self.wkv_latent(x).unflatten(-1, (self.n_latent, -1)))  # (B, T, G, rank)
         k_rope = self.wk_rope(x)[:, :, None]  # (B, T, 1, D/2)
         return torch.cat((q, rotate(q_rope, rope)), dim=-1), latent, rotate(k_rope, rope)
 
     def attend(self, q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
-        # (G, H/G, D, rank); KnockLinear is within these weights
-        wk, wv = (w.weight.to(q.dtype).unflatten(0, (self.n_latent, -1, self.head_dim)) for w in (self.wk, self.wv))
+        wk, wv = self.knock_k(self.wk.weight.to(q.dtype)), self.knock_v(self.wv.weight.to(q.dtype))  # (H * D, rank)
+        wk, wv = (w.unflatten(0, (self.n_latent, -1, self.head_dim)) for w in (wk, wv))  # (G, H/G, D, rank)
         if q.shape[1] == latent.shape[1]:  # no past: make keys and values, whose heads are smaller than latents
             k, v = (torch.einsum("btgr,ghdr->btghd", latent, w).flatten(2, 3) for w in (wk, wv))
             return causal_attention(q, torch.cat((k, k_rope.expand(-1, -1, k.shape[2], -1)), dim=-1), v)
@@ -394,6 +395,18 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 
+class Head(nn.Module):
+    """The model's end: norm, then logits by the embedding's weight (V, C); with targets (B, T) their cross-entropy."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
+
+    def forward(self, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        logits = F.linear(self.norm(x), weight.to(x.dtype))  # (B, T, V)
+        return logits if targets is None else F.cross_entropy(upcast(logits).flatten(0, 1), targets.flatten())
+
+
 class Transformer(nn.Module):
     """The decoder. `compute_dtype` is the dtype of the activations; None takes that of the weights."""
 
@@ -402,7 +415,7 @@ class Transformer(nn.Module):
         self.config, self.compute_dtype = config, compute_dtype
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # also the output projection
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.head = Head(config)
         self.init_weights()
 
     def forward(
@@ -421,10 +434,7 @@ class Transformer(nn.Module):
         x = self.embed(tokens).to(dtype=self.compute_dtype)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, cache[i] if cache else None)
-        logits = F.linear(self.norm(x), self.embed.weight.to(x.dtype))  # (B, T, V)
-        if targets is None:
-            return logits
-        return F.cross_entropy(upcast(logits).flatten(0, 1), targets.flatten())
+        return self.head(x, self.embed.weight, targets)
 
     def new_cache(self, length: int) -> list[Cache]:
         """An empty key/value cache for `length` positions, one Cache a layer."""
@@ -437,10 +447,10 @@ class Transformer(nn.Module):
         std = 0.02
         out_std = std / math.sqrt(2 * self.config.n_layer)  # GPT-2: keeps the residual stream's size over depth
         for name, p in self.named_parameters():
-            match name.replace("parametrizations.weight.original", "weight").split("."):
+            match name.split("."):
                 case [*_, "t" | "up" | "down" | "gate"]:
                     pass  # knocks, below
-                case [*_, layer, "weight"] | [layer, "weight"] if layer.endswith("norm"):
+                case [*_, layer, "weight"] if layer.endswith("norm"):
                     p.fill_(1)
                 case [*_, "wo", "weight"] | [*_, "w_down" | "experts_down"]:
                     p.normal_(std=out_std)
@@ -458,8 +468,8 @@ class Transformer(nn.Module):
 
     def knocks(self) -> dict[str, Knock]:
         """Every knock by its place, such as blocks.0.attn.knock_v."""
-        modules = {name: module for name, module in self.named_modules() if isinstance(module, Knock)}
-        return {re.sub(r"w(.)\.parametrizations\.weight\.0", r"knock_\1", name): m for name, m in modules.items()}
+        knocks = ((name, module) for name, module in self.named_modules() if isinstance(module, Knock))
+        return {name: knock for name, knock in knocks if not isinstance(knock, NoKnock)}
 
     @torch.no_grad()
     def knock_movement(self) -> dict[str, tuple[float, float]]:
@@ -483,12 +493,8 @@ class GatedProjection(nn.Module):
 
     def __init__(self, weight: torch.Tensor, knock: Knock):
         super().__init__()
-        absorb = KnockLinear(len(knock.gate)).to(weight)
-        parts = []
-        for t in (getattr(knock, "up", absorb.t), knock.gate):
-            absorb.t.copy_(t)
-            parts.append(absorb(weight))
-        self.weight = nn.Parameter(torch.cat(parts))  # (2 * H * D, C)
+        up = absorb(weight, knock.up) if isinstance(knock, KnockMLP) else weight
+        self.weight = nn.Parameter(torch.cat((up, absorb(weight, knock.gate))))  # (2 * H * D, C)
         self.down = nn.Parameter(knock.down.clone()) if isinstance(knock, KnockMLP) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -505,23 +511,19 @@ def fold(model: Transformer) -> Transformer:
     its W^down vanishes into W^O where the knocked state is nothing but a value, for attention is linear in values.
     What is folded can sample, not train on; only a model whose knocks were all linear can still be saved.
     """
-    for attn in (block.attn for block in model.blocks):
-        for part in "qkv":
-            projection, knock = getattr(attn, f"w{part}", None), getattr(attn, f"knock_{part}", None)
-            if projection is not None and parametrize.is_parametrized(projection):
-                # Not remove_parametrizations: it would break deep copies of the model, which share the class it edits.
-                with torch.device("meta"):
-                    plain = Linear(projection.in_features, projection.out_features)
-                plain.weight = nn.Parameter(projection.weight)
-                setattr(attn, f"w{part}", plain)
-            if isinstance(knock, Knock):
-                gated = GatedProjection(projection.weight, knock)
-                if part == "v" and isinstance(attn, GQA) and gated.down is not None:
-                    wo = attn.wo.weight  # (C, H * D), each head's block is (W^O_h)^T
-                    wo.copy_((wo.unflatten(1, (-1, attn.head_dim)) @ gated.down.mT).flatten(1))
-                    gated.down = None
-                setattr(attn, f"w{part}", gated)
-                setattr(attn, f"knock_{part}", nn.Identity())
+    for place, knock in model.knocks().items():
+        attn, part = model.get_submodule(place.rpartition(".")[0]), place[-1]
+        projection = getattr(attn, f"w{part}")
+        if isinstance(knock, KnockLinear):
+            projection.weight.copy_(absorb(projection.weight, knock.t))
+        else:
+            gated = GatedProjection(projection.weight, knock)
+            if part == "v" and isinstance(attn, GQA) and isinstance(knock, KnockMLP):
+                # W^O_h' = W^down W^O_h; the block of head h in wo.weight (C, H * D) is (W^O_h)^T
+                attn.wo.weight.copy_((attn.wo.weight.unflatten(1, (-1, knock.head_dim)) @ gated.down.mT).flatten(1))
+                gated.down = None
+            setattr(attn, f"w{part}", gated)
+        setattr(attn, f"knock_{part}", NoKnock(knock.head_dim))
     linear = {f"knock_{part}": "none" for part in "qkv" if getattr(model.config, f"knock_{part}") == "linear"}
     model.config = dataclasses.replace(model.config, **linear)
     return model

@@ -48,7 +48,7 @@ class TrainConfig:
     save_every: int = 250  # steps between checkpoints
     prompt: str = "def "  # of the sample at the end
     device: str = "auto"
-    compile: bool = True  # torch.compile each block, on CUDA
+    compile: bool = True  # torch.compile the blocks and the head, on CUDA
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -62,7 +62,7 @@ class TrainConfig:
 
 _explore = dict(lr=7.5e-4, batch_tokens=2**21, steps=47_684, micro_batch=4, eval_tokens=2**20)  # 100B tokens
 RECIPES = {
-    "toy": dict(lr=4e-3, batch_tokens=4096, micro_batch=16, steps=400, eval_every=100, eval_tokens=65536),
+    "toy": dict(lr=2e-3, batch_tokens=2048, micro_batch=8, steps=800, eval_every=200, eval_tokens=65536),
     "small": dict(lr=1e-3, batch_tokens=32768, micro_batch=32, steps=2000),
     "gpt2": dict(lr=6e-4, batch_tokens=2**19, micro_batch=32, steps=19_073),  # 10B tokens
     **{name: _explore for name in CONFIGS if name.startswith(("moe-", "dense-"))},
@@ -203,7 +203,6 @@ def main(argv: list[str]) -> None:
     tokenizer = load_tokenizer(meta["tokenizer"])
 
     torch.manual_seed(train.seed)
-    torch.set_float32_matmul_precision("high")
     compute_dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     with torch.device(device):
         model = Transformer(config, compute_dtype)
@@ -216,8 +215,8 @@ def main(argv: list[str]) -> None:
         start = checkpoint["step"]
         del loaded, checkpoint
     if train.compile and device.startswith("cuda"):
-        for block in model.blocks:  # one block compiled serves all: a minute less than the whole model
-            block.compile()
+        for part in (*model.blocks, model.head):  # one compiled block serves all: a minute less than the whole model
+            part.compile()
 
     os.makedirs(train.out, exist_ok=True)
     log = Log(os.path.join(train.out, "log.jsonl"), keep_until=start)

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 
 import torch
 
@@ -93,12 +92,8 @@ def mla(c, w, project):
 
 
 def plain_weights(model):
-    """The model's weights in float64, asking for gradients, under the names they have without parametrizations."""
-    tidy = lambda name: re.sub(r"w(.)\.parametrizations\.weight\.0", r"knock_\1", name)
-    return {
-        tidy(name).replace("parametrizations.weight.original", "weight"): p.detach().double().requires_grad_()
-        for name, p in model.named_parameters()
-    }
+    """The model's weights in float64, asking for gradients."""
+    return {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
 
 
 def forward(config, weights, tokens):
@@ -124,4 +119,4 @@ def forward(config, weights, tokens):
         h = rms_norm(x, layer["ffn_norm.weight"], c.norm_eps)
         gate, up = (h @ layer["ffn.w_up"].T).chunk(2, -1)
         x = x + (gate * torch.sigmoid(gate) * up) @ layer["ffn.w_down"].T
-    return rms_norm(x, weights["norm.weight"], c.norm_eps) @ weights["embed.weight"].T
+    return rms_norm(x, weights["head.norm.weight"], c.norm_eps) @ weights["embed.weight"].T

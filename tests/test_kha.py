@@ -8,8 +8,8 @@ import torch
 import torch.nn as nn
 
 from kha import (
-    CONFIGS, Cache, Config, Linear, Transformer, count_params, flops_per_token, fold, knock_on, load_checkpoint, paper_flops,
-    rope_tables, rotate, save_checkpoint,
+    CONFIGS, KNOCKS, Cache, Config, Linear, Transformer, count_params, flops_per_token, fold, heads,
+    load_checkpoint, paper_flops, rope_tables, rotate, save_checkpoint,
 )
 from sample import generate
 from tests import reference
@@ -30,16 +30,14 @@ def build(name, **overrides):
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_knock_is_the_equation_forward_and_backward(kind, dtype, tolerance):
     torch.manual_seed(0)
-    projection = Linear(12, 3 * 8)
-    knock = knock_on(projection, kind, 8)
+    projection, knock = Linear(12, 3 * 8), KNOCKS[kind](8)
     both = scramble(nn.ModuleList((projection, knock)).to(dtype))
     x = torch.randn(2, 5, 12, dtype=dtype, requires_grad=True)
     out_grad = torch.randn(2, 5, 3, 8, dtype=torch.float64)
-    y = knock(projection(x).unflatten(-1, (3, 8)))
+    y = heads(x, projection, knock)
     y.backward(out_grad.to(dtype))
 
     exact = {name.split(".")[-1]: p.detach().double().requires_grad_() for name, p in both.named_parameters()}
-    exact["weight"] = exact.get("weight", exact.get("original"))
     exact_x = x.detach().double().requires_grad_()
     exact_y = reference.knock(kind, exact, (exact_x @ exact["weight"].T).unflatten(-1, (3, 8)))
     exact_y.backward(out_grad)
