@@ -1,0 +1,145 @@
+"""Sampling: the cache changes nothing, the options do what they say, bad input is one line."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from data.prepare import load_tokenizer
+from kha import Config, Transformer, save_checkpoint
+from sample import generate, pick_device, sample_logits, write_samples
+from tests.reference import scramble
+
+TINY = dict(vocab_size=320, block_size=64, n_layer=2, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=32)
+
+
+@pytest.fixture
+def model():
+    return scramble(Transformer(Config(**TINY, n_expert=4, top_k=2))).eval()
+
+
+def new_tokens(*args, **options):
+    return [list(step) for step in zip(*generate(*args, **options))]
+
+
+def sample(*args, stdin=""):
+    done = subprocess.run([sys.executable, "sample.py", *map(str, args)], input=stdin, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("prompt", [[5], list(range(30))], ids=["one token", "thirty"])
+def test_with_the_cache_as_without(model, prompt):
+    (cached,) = new_tokens(model, prompt, max_new_tokens=30, temperature=0)
+    plain = list(prompt)
+    for _ in range(30):
+        plain.append(model(torch.tensor([plain]))[0, -1].argmax().item())
+    assert cached == plain[len(prompt) :]
+
+
+def test_drawn_with_the_cache_as_without(model):
+    options = dict(temperature=0.9, top_k=50, top_p=0.9)
+    (cached,) = new_tokens(model, [5, 6], max_new_tokens=30, seed=3, **options)
+    plain, generator = [5, 6], torch.Generator().manual_seed(3)
+    for _ in range(30):
+        plain.append(sample_logits(model(torch.tensor([plain]))[:, -1], generator=generator, **options).item())
+    assert cached == plain[2:]
+
+
+def test_a_batch_of_samples_differs_and_the_seed_repeats(model):
+    draw = lambda seed: new_tokens(model, [1], n_samples=3, max_new_tokens=20, temperature=1.0, seed=seed)
+    assert draw(0) == draw(0) != draw(1)
+    assert len({tuple(sample) for sample in draw(0)}) == 3
+    greedy = new_tokens(model, [1], n_samples=2, max_new_tokens=20, temperature=0)
+    assert greedy[0] == greedy[1] == new_tokens(model, [1], max_new_tokens=20, temperature=0)[0]
+
+
+def test_top_k_top_p_and_temperature():
+    logits = torch.tensor([[0.5, 0.1, 0.3, 0.1 - 1e-6]]).log().expand(4000, -1)
+    draw = lambda **o: sample_logits(logits, **dict(dict(temperature=1, top_k=0, top_p=1), **o), generator=None)
+    share = lambda tokens: (tokens.bincount(minlength=4) / 4000).tolist()
+    torch.manual_seed(0)
+    assert share(draw()) == pytest.approx([0.5, 0.1, 0.3, 0.1], abs=0.04)
+    assert share(draw(top_k=2)) == pytest.approx([5 / 8, 0, 3 / 8, 0], abs=0.04)
+    assert share(draw(top_p=0.6)) == pytest.approx([5 / 8, 0, 3 / 8, 0], abs=0.04)  # 0.5 is too little, 0.8 enough
+    assert share(draw(top_p=0.4)) == [1, 0, 0, 0]
+    assert share(draw(temperature=0)) == [1, 0, 0, 0]
+    assert share(draw(temperature=0.5))[0] == pytest.approx(0.25 / (0.25 + 0.09 + 0.02), abs=0.04)
+
+
+def test_ids_outside_the_tokenizer_are_never_drawn(model):
+    (tokens,) = new_tokens(model, [1], max_new_tokens=60, temperature=5.0, n_vocab=10)
+    assert max(tokens) < 10
+
+
+def test_each_sample_stops_at_end_of_text(model):
+    samples = new_tokens(model, [1], n_samples=4, max_new_tokens=60, temperature=3.0, n_vocab=8, eot=7)
+    assert all(7 not in tokens for tokens in samples)
+    for tokens in samples:
+        length = tokens.index(None) if None in tokens else len(tokens)
+        assert None not in tokens[:length] and set(tokens[length:]) <= {None}
+    assert sum(None in tokens for tokens in samples) > 1
+    shortest = max(len(tokens) - tokens.count(None) for tokens in samples)
+    assert len(samples[0]) <= shortest + 1  # nothing is computed once all have ended
+
+
+@pytest.mark.parametrize(
+    "prompt,options,message",
+    [
+        ([], {}, "the prompt is empty"), ([320], {}, "outside the model's vocabulary of 320"),
+        ([1] * 60, {}, "more than the model's context of 64"), ([1], dict(n_samples=0), "at least 1"),
+        ([1], dict(top_p=0), "top_p"), ([1], dict(temperature=-1), "temperature"), ([1], dict(top_k=-1), "top_k"),
+    ],
+)
+def test_generate_refuses_in_one_line(model, prompt, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        next(generate(model, prompt, **{"max_new_tokens": 5, **options}))
+    assert "\n" not in str(error.value)
+
+
+def test_characters_of_several_bytes_are_written_whole(model, capsys):
+    text = "naïve – 漢字"
+    ids = load_tokenizer("byte").encode(text)
+
+    class Parrot(Transformer):  # says the text, byte by byte, whatever it is asked
+        def forward(self, tokens, targets=None, cache=None):
+            cache[0].used += 1
+            return torch.nn.functional.one_hot(torch.tensor([[ids[cache[0].used - 1]]]), 320).float()
+
+    with torch.device("cpu"):
+        parrot = Parrot(Config(**TINY))
+    write_samples(parrot, load_tokenizer("byte"), "", max_new_tokens=len(ids), temperature=0)
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_the_script(model, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"config": dataclasses.asdict(model.config), "model": model.state_dict(), "tokenizer": "byte"})
+    code, one, _ = sample("--checkpoint", path, "--prompt", "def", "--max_new_tokens", 10)
+    assert code == 0 and one.startswith("def")
+    code, piped, _ = sample("--checkpoint", path, "--prompt", "-", "--max_new_tokens", 10, stdin="def")
+    assert piped == one
+    code, several, _ = sample("--checkpoint", path, "--n_samples", 3, "--max_new_tokens", 10)
+    assert code == 0 and [line for line in several.split("\n") if line.startswith("--- ")] == [
+        "--- 1 of 3 ---", "--- 2 of 3 ---", "--- 3 of 3 ---"
+    ]
+
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(path.read_bytes()[:1000])
+    for args, message in [
+        (("--checkpoint", tmp_path / "none.pt"), "no checkpoint at"), (("--checkpoint", broken), "damaged"),
+        (("--checkpoint", path, "--top", 5), "unknown option --top: did you mean --top_"),
+        (("--checkpoint", path, "--prompt", "x" * 60, "--max_new_tokens", 5), "more than the model's context of 64"),
+        (("--checkpoint", path, "--device", "tpu"), "device 'tpu' is not available"),
+        (("--checkpoint", path, "--seed", "x"), "invalid int value"),
+    ]:
+        code, out, err = sample(*args)
+        assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+
+
+def test_the_device_is_what_was_asked_for():
+    assert pick_device("cpu") == "cpu"
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device 'cuda:0' is not available here"):
+            pick_device("cuda:0")
