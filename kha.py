@@ -12,14 +12,20 @@ embeddings.
 """
 
 import dataclasses
+import fnmatch
+import glob
 import math
 import os
 import pickle
+import zipfile
+import zlib
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.parametrize as parametrize
+from torch.utils.checkpoint import checkpoint as recompute
 
 from moe import MoE, SwiGLU, upcast
 
@@ -407,16 +413,44 @@ class Head(nn.Module):
         return logits if targets is None else F.cross_entropy(upcast(logits).flatten(0, 1), targets.flatten())
 
 
-class Transformer(nn.Module):
-    """The decoder. `compute_dtype` is the dtype of the activations; None takes that of the weights."""
+@torch.no_grad()
+def init_weights(module: nn.Module, n_layer: int) -> None:
+    """Every weight's start, in place, for a whole model or one part after the other.
 
-    def __init__(self, config: Config, compute_dtype: torch.dtype | None = None):
+    Knocks draw no random numbers, so the same seed gives the same base weights whichever knocks there are, and with
+    knocks at the identity the very same function (section 3.3).
+    """
+    std = 0.02
+    out_std = std / math.sqrt(2 * n_layer)  # GPT-2: keeps the residual stream's size over depth
+    for name, p in module.named_parameters():
+        match name.split("."):
+            case [*_, "t" | "up" | "down" | "gate"]:
+                pass  # knocks, below
+            case [*_, layer, "weight"] if layer.endswith("norm"):
+                p.fill_(1)
+            case [*_, "wo", "weight"] | [*_, "w_down" | "experts_down"]:
+                p.normal_(std=out_std)
+            case _:  # embedding, the projections into attention, w_up, experts_up, router
+                p.normal_(std=std)
+    for part in module.modules():
+        if isinstance(part, Knock):
+            part.reset_parameters()
+        if isinstance(part, MoE):
+            part.bias.zero_()
+            part.load.zero_()
+
+
+class Transformer(nn.Module):
+    """The decoder. `compute_dtype` is the dtype of the activations, None that of the weights; with `recompute` the
+    backward pass computes each block's activations anew instead of keeping them."""
+
+    def __init__(self, config: Config, compute_dtype: torch.dtype | None = None, recompute: bool = False):
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config, self.compute_dtype, self.recompute = config, compute_dtype, recompute
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # also the output projection
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head = Head(config)
-        self.init_weights()
+        init_weights(self, config.n_layer)
 
     def forward(
         self, tokens: torch.Tensor, targets: torch.Tensor | None = None, cache: list[Cache] | None = None
@@ -433,34 +467,15 @@ class Transformer(nn.Module):
         rope = rope_tables(torch.arange(start, end, device=tokens.device), self.config.rope_dim, self.config.rope_base)
         x = self.embed(tokens).to(dtype=self.compute_dtype)  # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, cache[i] if cache else None)
+            if self.recompute and self.training:
+                x = recompute(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, cache[i] if cache else None)
         return self.head(x, self.embed.weight, targets)
 
     def new_cache(self, length: int) -> list[Cache]:
         """An empty key/value cache for `length` positions, one Cache a layer."""
         return [Cache(length) for _ in self.blocks]
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Every weight's start, in place. Knocks draw no random numbers, so the same seed gives the same base
-        weights whichever knocks there are, and with knocks at the identity the very same function (section 3.3)."""
-        std = 0.02
-        out_std = std / math.sqrt(2 * self.config.n_layer)  # GPT-2: keeps the residual stream's size over depth
-        for name, p in self.named_parameters():
-            match name.split("."):
-                case [*_, "t" | "up" | "down" | "gate"]:
-                    pass  # knocks, below
-                case [*_, layer, "weight"] if layer.endswith("norm"):
-                    p.fill_(1)
-                case [*_, "wo", "weight"] | [*_, "w_down" | "experts_down"]:
-                    p.normal_(std=out_std)
-                case _:  # embedding, the projections into attention, w_up, experts_up, router
-                    p.normal_(std=std)
-        for knock in self.knocks().values():
-            knock.reset_parameters()
-        for moe in self.moes():
-            moe.bias.zero_()
-            moe.load.zero_()
 
     def moes(self) -> list[MoE]:
         """The mixtures of experts, first layer first; none in a dense model."""
@@ -477,7 +492,10 @@ class Transformer(nn.Module):
 
         At the start (1, 0), for gates (0, 0). Figure 3 of the paper shows these matrices after training.
         """
-        matrices = {f"{place}.{name}": p for place, knock in self.knocks().items() for name, p in knock.named_parameters()}
+        whole = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p  # FSDP's parameters are in shards
+        matrices = {
+            f"{place}.{name}": whole(p) for place, knock in self.knocks().items() for name, p in knock.named_parameters()
+        }
         return {
             name: (p.diagonal().mean().item(), (p - p.diagonal().diag()).norm().item()) for name, p in matrices.items()
         }
@@ -503,14 +521,23 @@ class GatedProjection(nn.Module):
         return y if self.down is None else (y.unflatten(-1, (-1, len(self.down))) @ self.down.to(x.dtype)).flatten(-2)
 
 
-@torch.no_grad()
-def fold(model: Transformer) -> Transformer:
+def fold(model: nn.Module, output: str | None = None) -> nn.Module:
     """Turn a trained model, in place, into one that computes the same without knocks; returns it.
 
     Linear knocks vanish into W^Q, W^K, W^V (eq. 8). Of an MLP knock the non-linearity remains, in a `GatedProjection`;
     its W^down vanishes into W^O where the knocked state is nothing but a value, for attention is linear in values.
     What is folded can sample, not train on; only a model whose knocks were all linear can still be saved.
+
+    A model that is not ours must say where W^O is: `output` names that nn.Linear by its place beside the projection with
+    the knock, such as "o_proj", if all its MLP knocks are on values; without it W^down stays with the projection. Raises
+    ValueError if it is not there, and for an MLP knock on a projection with bias or on a part of its outputs.
     """
+    return fold_ours(model) if isinstance(model, Transformer) else fold_added(model, output)
+
+
+@torch.no_grad()
+def fold_ours(model: Transformer) -> Transformer:
+    """`fold` of a Transformer."""
     for place, knock in model.knocks().items():
         attn, part = model.get_submodule(place.rpartition(".")[0]), place[-1]
         projection = getattr(attn, f"w{part}")
@@ -526,6 +553,106 @@ def fold(model: Transformer) -> Transformer:
         setattr(attn, f"knock_{part}", NoKnock(knock.head_dim))
     linear = {f"knock_{part}": "none" for part in "qkv" if getattr(model.config, f"knock_{part}") == "linear"}
     model.config = dataclasses.replace(model.config, **linear)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Knocks for models that are not ours
+
+
+class AddedLinear(KnockLinear):
+    """KnockLinear on rows `rows` (start, stop) of another model's weight (n_out, n_in) or bias (n_out,)."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        before, heads, after = weight.tensor_split(self.rows)
+        return torch.cat((before, super().forward(heads.reshape(len(heads), -1)).view_as(heads), after))
+
+
+class AddedMLP(KnockMLP):
+    """KnockMLP on features `rows` (start, stop) of another projection's output: (..., n_out) -> the same."""
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        before, heads, after = y.tensor_split(self.rows, dim=-1)
+        knocked = super().forward(heads.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        return torch.cat((before, knocked, after), dim=-1)
+
+
+def knock_output(projection: nn.Linear, _, y: torch.Tensor) -> torch.Tensor:
+    """Forward hook of a projection with an AddedMLP. A hook leaves the names of the model's weights as they are, and
+    in a copy of the model finds the copy's knock."""
+    return projection.knock(y)
+
+
+def add_knocks(
+    model: nn.Module, kind: str, pattern: str, head_dim: int, rows: slice = slice(None)
+) -> dict[str, Knock]:
+    """Put knocks on a PyTorch model's query, key or value projections: the nn.Linear modules whose names match the
+    fnmatch `pattern`, such as "*.v_proj". Each gets one knock, shared by its heads of head_dim outputs; returns the
+    knocks by the names of their projections.
+
+    kind is linear (a parametrization of weight and bias) or mlp. The knocks are parameters of the model, at the
+    identity: its output is what it was. Where one nn.Linear makes queries, keys and values, `rows` are the outputs to
+    knock on, for nanoGPT's values slice(2 * n_embd, 3 * n_embd).
+
+    Raises ValueError, and leaves the model as it is, if it is ours, if nothing matches, or if a match is no nn.Linear,
+    knocks already, or does not divide into heads.
+    """
+    if isinstance(model, Transformer):
+        raise ValueError("our own models take their knocks from their Config: set knock_q, knock_k, knock_v")
+    if kind not in ("linear", "mlp"):
+        raise ValueError(f"kind must be linear or mlp, not {kind!r}")
+    matches = {name: module for name, module in model.named_modules() if fnmatch.fnmatchcase(name, pattern)}
+    if not matches:
+        raise ValueError(f"no module's name matches {pattern!r}: see model.named_modules() for the names")
+    knocks = {}
+    for name, projection in matches.items():
+        if not isinstance(projection, nn.Linear):
+            raise ValueError(f"{name} is a {type(projection).__name__}, not an nn.Linear")
+        start, stop, step = rows.indices(projection.out_features)
+        if step != 1 or start >= stop or (stop - start) % head_dim:
+            raise ValueError(f"outputs {start}:{stop} of {name} do not divide into heads of head_dim {head_dim}")
+        there = [module.rows for module in projection.modules() if isinstance(module, Knock)]
+        if any(a < stop and start < b for a, b in there) or kind == "mlp" and hasattr(projection, "knock"):
+            raise ValueError(f"{name} knocks already")
+        knocks[name] = (AddedLinear if kind == "linear" else AddedMLP)(head_dim).to(projection.weight)
+        knocks[name].rows = (start, stop)
+    for name, projection in matches.items():
+        if kind == "mlp":
+            projection.knock = knocks[name]
+            projection.register_forward_hook(knock_output)
+            continue
+        for part in ("weight", "bias"):  # x T + b T: the same T
+            if getattr(projection, part) is not None:
+                parametrize.register_parametrization(projection, part, knocks[name])
+    return knocks
+
+
+@torch.no_grad()
+def fold_added(model: nn.Module, output: str | None) -> nn.Module:
+    """`fold` of a model with knocks by `add_knocks`."""
+    for name, projection in list(model.named_modules()):
+        if parametrize.is_parametrized(projection) and any(isinstance(m, AddedLinear) for m in projection.modules()):
+            parts = [(part, chain.original, chain()) for part, chain in projection.parametrizations.items()]
+            # Not remove_parametrizations: it edits a class that copies of the model share.
+            projection.__class__ = type(projection).__bases__[0]
+            del projection.parametrizations
+            for part, original, value in parts:
+                setattr(projection, part, original)
+                original.copy_(value)
+        knock = getattr(projection, "knock", None)
+        if not isinstance(knock, AddedMLP):
+            continue
+        if projection.bias is not None or knock.rows != (0, projection.out_features):
+            raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias, or outputs that do not knock")
+        parent, _, child = name.rpartition(".")
+        parent, gated = model.get_submodule(parent), GatedProjection(projection.weight, knock)
+        if output is not None:
+            if not isinstance(after := getattr(parent, output, None), nn.Linear):
+                raise ValueError(f"{name} has no neighbour {output} that is an nn.Linear")
+            heads = after.weight.unflatten(1, (-1, knock.head_dim))  # (n_out, H, D): each head's block is (W^O_h)^T
+            after.weight.copy_((heads @ knock.down.mT).flatten(1))
+            gated.down = None
+        setattr(parent, child, gated)
     return model
 
 
@@ -570,29 +697,64 @@ def paper_flops(length: int, d: int, n_head: int) -> tuple[int, int, int]:
 # Checkpoints: one file of tensors and plain data, never code
 
 
-def save_checkpoint(path: str, checkpoint: dict) -> None:
-    """Write a checkpoint so that at every moment `path` holds a whole one: the old one until the new one is on disk."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def save_checkpoint(folder: str, checkpoint: dict) -> None:
+    """Write a checkpoint to folder/step-N.pt, N its "step", and remove all but the last two.
+
+    The file appears whole or not at all: it is written under another name, brought to the disk and then renamed.
+    Raises OSError if it cannot be written; the earlier ones then stand.
+    """
+    temporary = os.path.join(folder, "checkpoint.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        os.remove(temporary)
+        reason = str(error).split("\n")[0]
+        raise OSError(f"cannot save to {folder} ({reason}): the earlier checkpoints there stand") from error
+    os.replace(temporary, os.path.join(folder, f"step-{checkpoint['step']:08d}.pt"))
+    for old in list_checkpoints(folder)[2:]:
+        os.remove(old)
+
+
+def list_checkpoints(folder: str) -> list[str]:
+    """The checkpoints in a run's folder, newest first."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "step-*.pt")), reverse=True)
+
+
+def read_checkpoint(path: str) -> dict:
+    """What save_checkpoint wrote: tensors, on the CPU, and plain data; code in the file is never run.
+
+    Raises ValueError if the file is damaged, be it by one bit, or not a checkpoint.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise ValueError(f"{path} is damaged: {damaged} in it fails its checksum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        Config(**checkpoint["config"])
+        return checkpoint
+    except (OSError, RuntimeError, KeyError, TypeError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
 
 
 def load_checkpoint(path: str, device: str = "cpu") -> tuple[Transformer, dict]:
-    """A trained model in evaluation mode, and all that its checkpoint holds.
+    """The model in a checkpoint, in evaluation mode, and all else that the checkpoint holds. `path` names a file, or a
+    run's folder for the newest in it.
 
-    Raises FileNotFoundError if there is none, ValueError if it is damaged or not one of ours.
+    Raises FileNotFoundError if there is none, ValueError if it is damaged.
     """
-    if not os.path.exists(path):
+    if os.path.isdir(path) and list_checkpoints(path):
+        path = list_checkpoints(path)[0]
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}: train one with train.py, or name another")
+    checkpoint = read_checkpoint(path)
+    with torch.device("meta"):
+        model = Transformer(Config(**checkpoint["config"]))
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        with torch.device("meta"):
-            model = Transformer(Config(**checkpoint["config"]))
         model.to_empty(device=device).load_state_dict(checkpoint["model"])
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{path} does not hold the weights of its config") from error
     return model.eval(), checkpoint

@@ -1,4 +1,4 @@
-"""Write text with a trained model: python sample.py [--checkpoint out/toy/checkpoint.pt] [--prompt "def "]
+"""Write text with a trained model: python sample.py [--checkpoint out/toy] [--prompt "def "]
 
 The checkpoint holds model, config and the tokenizer's name. The prompt is read once; after that each step feeds one
 new token per sample and finds the past in a key/value cache. Text appears as it is written.
@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import tiktoken
 import torch
 
+from data.hf import export_hf
 from data.prepare import load_tokenizer, parse_args, run_script
-from kha import Transformer, load_checkpoint
+from kha import Transformer, fold, load_checkpoint
 
 
 def pick_device(name: str) -> str:
@@ -112,7 +113,7 @@ def write_samples(model: Transformer, tokenizer: tiktoken.Encoding, prompt: str,
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("sample.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--checkpoint", default="out/toy/checkpoint.pt")
+    parser.add_argument("--checkpoint", default="out/toy", help="a run's folder, or one file of it")
     parser.add_argument("--prompt", default="", help="text to continue; - reads standard input; default: a new document")
     parser.add_argument("--n_samples", type=int, default=1)
     parser.add_argument("--max_new_tokens", type=int, default=200)
@@ -121,16 +122,23 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of probability p")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--export_hf", metavar="FOLDER", help="write a model for transformers there, instead of text")
     options = vars(parse_args(parser, argv))
 
-    device = pick_device(options.pop("device"))
+    device, folder = pick_device(options.pop("device")), options.pop("export_hf")
     model, checkpoint = load_checkpoint(options.pop("checkpoint"), device)
+    tokenizer = load_tokenizer(checkpoint["tokenizer"])
+    if folder:
+        export_hf(model, folder, tokenizer.eot_token)
+        print(f"wrote {folder}")
+        return
+    fold(model)
     if device.startswith("cuda"):
         for p in model.parameters():  # not the balancing bias: a step of it is finer than bfloat16
             p.data = p.data.bfloat16()
     if options["prompt"] == "-":
         options["prompt"] = sys.stdin.read()
-    write_samples(model, load_tokenizer(checkpoint["tokenizer"]), **options)
+    write_samples(model, tokenizer, **options)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Train a model: python train.py [config] [--field value ...]
 
 `config` names one of kha.CONFIGS; every field of kha.Config and of TrainConfig below is an option, --help lists them.
-With no argument: `toy`, on the Python standard library's source, in about two minutes on two CPU cores.
+With no argument: `toy`, on the Python standard library's source, in about two minutes on two CPU cores. Under torchrun
+the same script trains on many GPUs: torchrun --nproc_per_node 8 train.py small [--parallel fsdp].
 
-What is random is a function of seed and step alone: the weights' start, and the sequences of each batch.
+What is random is a function of seed and step alone: the weights' start, and the sequences of each batch. So there is no
+random state to save, the number of processes changes nothing but rounding, and a run that is resumed is the same run.
 """
 
 import argparse
@@ -11,19 +13,35 @@ import dataclasses
 import json
 import math
 import os
+import signal
+import statistics
+import sys
 import time
+from collections import deque
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.checkpoint import state_dict as sharded
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data.prepare import load_meta, load_tokenizer, open_tokens, parse_args, prepare, run_script
-from kha import CONFIGS, Config, Transformer, count_params, flops_per_token, load_checkpoint, save_checkpoint
+from data.hf import import_hf
+from data.prepare import load_meta, load_tokenizer, open_tokens, parse_args, prepare, run_script, verify_tokens
+from kha import (
+    CONFIGS, Config, Transformer, count_params, flops_per_token, init_weights, list_checkpoints, read_checkpoint,
+    save_checkpoint,
+)
 from moe import BALANCE_RULES
 from sample import pick_device, write_samples
 
 DEFAULT_DATA = "data/stdlib"
+SPIKE = 6  # deviations above the median of the last 100 losses that make a loss a spike
+MAX_SKIPPED = 10  # updates in a row with a loss or gradient that is not finite before a run gives up
 
 
 @dataclass(frozen=True)
@@ -35,7 +53,7 @@ class TrainConfig:
     seed: int = 1
     steps: int = 1000
     batch_tokens: int = 32768  # tokens per optimizer step
-    micro_batch: int = 8  # sequences at a time; the rest of the batch is accumulated
+    micro_batch: int = 8  # sequences at a time in each process; the rest of the batch is accumulated
     lr: float = 7.5e-4  # peak, after 5% warm-up; a cosine takes it to 10%
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -45,8 +63,11 @@ class TrainConfig:
     balance_rate: float = 1e-3
     eval_every: int = 250  # steps between evaluations
     eval_tokens: int = 262144  # of the held-out data
-    save_every: int = 250  # steps between checkpoints
+    save_every: int = 250  # steps between checkpoints; the last two are kept
+    import_hf: str = ""  # start from the Qwen3 model in this folder (transformers' format), not at random
     prompt: str = "def "  # of the sample at the end
+    parallel: str = "ddp"  # under torchrun: ddp, a model in each process, or fsdp, its parts spread over them
+    recompute: bool = False  # compute activations anew in the backward pass: less memory, a third more time
     device: str = "auto"
     compile: bool = True  # torch.compile the blocks and the head, on CUDA
 
@@ -56,13 +77,14 @@ class TrainConfig:
             may_be_zero = field.name in ("seed", "weight_decay", "balance_rate")
             if field.type in (int, float) and not (value > 0 or may_be_zero and value == 0):
                 raise ValueError(f"{field.name} must be {'0 or more' if may_be_zero else 'positive'}, not {value}")
-        if self.balance not in BALANCE_RULES:
-            raise ValueError(f"balance must be one of {', '.join(BALANCE_RULES)}, not {self.balance!r}")
+        for name, choices in (("balance", BALANCE_RULES), ("parallel", ("ddp", "fsdp"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
 
 
 _explore = dict(lr=7.5e-4, batch_tokens=2**21, steps=47_684, micro_batch=4, eval_tokens=2**20)  # 100B tokens
 RECIPES = {
-    "toy": dict(lr=2e-3, batch_tokens=2048, micro_batch=8, steps=800, eval_every=200, eval_tokens=65536),
+    "toy": dict(lr=2e-3, batch_tokens=2048, micro_batch=8, steps=700, eval_every=350, eval_tokens=65536),
     "small": dict(lr=1e-3, batch_tokens=32768, micro_batch=32, steps=2000),
     "gpt2": dict(lr=6e-4, batch_tokens=2**19, micro_batch=32, steps=19_073),  # 10B tokens
     **{name: _explore for name in CONFIGS if name.startswith(("moe-", "dense-"))},
@@ -73,15 +95,16 @@ RECIPES = {
 PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}
 
 
-def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, bool]:
-    """Command line to (model config, training config, resume). Raises ValueError for what it does not know.
+def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
+    """Command line to (model config, training config, checkpoint to go on from). Raises ValueError for what it does
+    not know.
 
-    With --resume, the run in --out goes on as its checkpoint says: training settings given here replace the
-    checkpoint's, the model's cannot change.
+    With --resume, and when torchrun has restarted a run, the run in --out goes on as its newest checkpoint says:
+    training settings given here replace the checkpoint's, the model's cannot change.
     """
     parser = argparse.ArgumentParser("train.py", description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("config", nargs="?", default="toy", choices=CONFIGS, help="default: toy")
-    parser.add_argument("--resume", action="store_true", default=False, help="go on from the checkpoint in --out")
+    parser.add_argument("--resume", action="store_true", default=False, help="go on from the newest checkpoint in --out")
     for cls in (Config, TrainConfig):
         for field in dataclasses.fields(cls):
             how = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
@@ -89,19 +112,97 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, bool]:
     given = vars(parse_args(parser, argv))
     name, resume = given.pop("config"), given.pop("resume")
     model = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}
-    base_model, base_train = CONFIGS[name], {"out": f"out/{name}", **RECIPES[name]}
-    if resume:
-        _, checkpoint = load_checkpoint(checkpoint_path(given.get("out", base_train["out"])))
-        base_model, base_train = checkpoint["config"], checkpoint["train"]
+    base_model, base_train, checkpoint = CONFIGS[name], {"out": f"out/{name}", **RECIPES[name]}, None
+    out = given.get("out", base_train["out"])
+    saved = list_checkpoints(out)
+    if "import_hf" in given and not saved:
+        imported = import_hf(given["import_hf"], **model)
+        base_model, checkpoint = dataclasses.asdict(imported.config), {"model": imported.state_dict(), "step": 0}
+    if saved and not resume and not restarted():
+        raise ValueError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
+    if resume and not saved:
+        raise ValueError(f"no checkpoint in {out}: leave --resume out to start a run")
+    if saved:
+        checkpoint = read_newest(saved)
+        base_model, base_train = checkpoint["config"], {**checkpoint["train"], "out": out}
         for field, value in model.items():
             if base_model[field] != value:
                 raise ValueError(f"--{field} {value} differs from the checkpoint's {base_model[field]}: leave it out")
-    return Config(**{**base_model, **model}), TrainConfig(**{**base_train, **given}), resume
+    return Config(**{**base_model, **model}), TrainConfig(**{**base_train, **given}), checkpoint
 
 
-def checkpoint_path(out: str) -> str:
-    """Where a run keeps its checkpoint."""
-    return os.path.join(out, "checkpoint.pt")
+def read_newest(paths: list[str]) -> dict:
+    """The first checkpoint of paths, newest first, that is whole; says so if it is not the newest."""
+    for path in paths[:-1]:
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            print(f"train.py: warning: {error}: going on from the checkpoint before it", file=sys.stderr)
+    return read_checkpoint(paths[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def restarted() -> bool:
+    """Whether torchrun (--max-restarts) started this process in place of one that died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def join_processes(device: str) -> tuple[int, int, str]:
+    """(rank, number of processes, device of this one): under torchrun those it started, else this process alone."""
+    device = pick_device(device)
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
+    """x summed over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def build_model(config: Config, train: TrainConfig, device: str, n_process: int) -> tuple[Transformer, nn.Module]:
+    """The model with its starting weights, made on the device part by part, and what to call for the loss: the model
+    itself, or DDP around it. With FSDP a device holds at most one whole part at a time; the rest is its shard."""
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    shard = n_process > 1 and train.parallel == "fsdp"
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    torch.manual_seed(train.seed)
+    with torch.device("meta"):
+        model = Transformer(config, dtype, train.recompute)
+    for part in (model.embed, *model.blocks, model.head):
+        init_weights(part.to_empty(device=device), config.n_layer)
+        if train.compile and device.startswith("cuda") and part is not model.embed:
+            part.compile()  # one compiled block serves all: a minute less than the whole model
+        if shard and part not in (model.embed, model.head):
+            fully_shard(part, mp_policy=policy)
+    if shard:
+        return model, fully_shard(model, mp_policy=policy)
+    if n_process > 1:
+        ids = [torch.device(device)] if device.startswith("cuda") else None
+        return model, DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return model, model
+
+
+def synchronising(model: nn.Module, yes: bool):
+    """Context of a micro-batch: only the last of an update sums gradients over processes."""
+    if isinstance(model, DistributedDataParallel):
+        return nullcontext() if yes else model.no_sync()
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP
+        model.set_requires_gradient_sync(yes)
+    return nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of the loop
 
 
 def lr_at(step: int, train: TrainConfig) -> float:
@@ -113,9 +214,12 @@ def lr_at(step: int, train: TrainConfig) -> float:
     return train.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def draw_batch(tokens: np.ndarray, batch: int, length: int, seed: int, step: int) -> torch.Tensor:
-    """The sequences of one update: (batch, length + 1) ids at random places, a function of seed and step alone."""
-    starts = np.random.default_rng([seed, step]).integers(len(tokens) - length, size=batch)
+def draw_batch(
+    tokens: np.ndarray, batch: int, length: int, seed: int, step: int, rank: int = 0, n_process: int = 1
+) -> torch.Tensor:
+    """This process's share of the sequences of one update: (batch / n_process, length + 1) ids from random places, which
+    are a function of seed and step alone."""
+    starts = np.random.default_rng([seed, step]).integers(len(tokens) - length, size=batch)[rank::n_process]
     return torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
 
 
@@ -129,15 +233,21 @@ def inputs_and_targets(rows: torch.Tensor, device: str) -> tuple[torch.Tensor, t
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, tokens: np.ndarray, train: TrainConfig, device: str) -> float:
+def evaluate(
+    model: nn.Module, tokens: np.ndarray, length: int, train: TrainConfig, device: str, rank: int = 0, n_process: int = 1
+) -> float:
     """Mean loss in nats per token on the first eval_tokens of held-out data, in sequences side by side."""
-    length = model.config.block_size
     n = max(1, min(train.eval_tokens, len(tokens) - 1) // length)
     rows = torch.from_numpy(np.stack([tokens[i * length : (i + 1) * length + 1] for i in range(n)]).astype(np.int64))
+    parts = rows.split(train.micro_batch)
     model.eval()
-    losses = [model(*inputs_and_targets(part, device)) * len(part) for part in rows.split(train.micro_batch)]
+    total = torch.zeros((), device=device)
+    for first in range(0, len(parts), n_process):  # in step with the others, for FSDP's sake
+        i = min(first + rank, len(parts) - 1)
+        loss = model(*inputs_and_targets(parts[i], device))
+        total += loss * len(parts[i]) * (i == first + rank)
     model.train()
-    return torch.stack(losses).sum().item() / n
+    return sum_over_processes(total).item() / n
 
 
 def make_optimizer(model: Transformer, train: TrainConfig) -> torch.optim.Optimizer:
@@ -149,48 +259,65 @@ def make_optimizer(model: Transformer, train: TrainConfig) -> torch.optim.Optimi
 
 
 class Log:
-    """The run's log.jsonl: one line per update and one per evaluation. Numbers stay on the device until `flush`, so
-    that the GPU never waits for the log."""
+    """The run's log.jsonl: one line for each update and each evaluation, written as they come.
 
-    def __init__(self, path: str, keep_until: int):
-        """Open the log; of an earlier run, keep the lines up to step `keep_until`."""
+    `spikes` and `skipped` count, over the whole run, the losses more than SPIKE deviations (median absolute deviation
+    * 1.4826) above the median of the 100 before, and the updates left out since something was not finite.
+    """
+
+    def __init__(self, out: str, last_step: int, writes: bool):
+        """Go on after `last_step`: later lines of an earlier try are dropped, and the counts are read back."""
+        path = os.path.join(out, "log.jsonl")
+        self.losses, self.spikes, self.skipped, self.skipped_in_a_row = deque(maxlen=100), 0, 0, 0
         lines = []
-        if keep_until and os.path.exists(path):
-            with open(path) as old:
-                lines = [line for line in old if line.endswith("\n") and json.loads(line)["step"] <= keep_until]
-        with open(f"{path}.tmp", "w") as new:
-            new.writelines(lines)
-        os.replace(f"{path}.tmp", path)
-        self.file, self.pending = open(path, "a"), []
+        if last_step and os.path.exists(path):
+            with open(path) as file:
+                lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+            for record in map(json.loads, lines):
+                if "loss" in record:
+                    self.count(record["loss"], record["skipped"] == self.skipped)
+        self.file = None
+        if writes:
+            os.makedirs(out, exist_ok=True)
+            with open(f"{path}.tmp", "w") as file:
+                file.writelines(lines)
+            os.replace(f"{path}.tmp", path)
+            self.file = open(path, "a")
 
-    def add(self, **record) -> None:
-        self.pending.append(record)
+    def count(self, loss: float, finite: bool) -> None:
+        if not finite:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            return
+        self.skipped_in_a_row = 0
+        if len(self.losses) >= 20:
+            median = statistics.median(self.losses)
+            deviation = 1.4826 * statistics.median(abs(x - median) for x in self.losses)
+            self.spikes += loss > median + SPIKE * deviation
+        self.losses.append(loss)
 
-    def flush(self, **common) -> dict:
-        """Write what is pending, with `common` in every line; returns the last line."""
-        plain = lambda x: x.item() if isinstance(x, torch.Tensor) else x
-        lines = [{key: plain(value) for key, value in (record | common).items()} for record in self.pending]
-        self.file.writelines(json.dumps(line) + "\n" for line in lines)
-        self.file.flush()
-        self.pending = []
-        return lines[-1]
+    def write(self, **record) -> None:
+        if self.file:
+            numbers = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in record.items()}
+            self.file.write(json.dumps(numbers) + "\n")
+            self.file.flush()
 
 
 def main(argv: list[str]) -> None:
     # Everything that bad input can break comes first.
-    config, train, resume = parse_config(argv)
-    device = pick_device(train.device)
+    config, train, checkpoint = parse_config(argv)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if train.data == DEFAULT_DATA and not os.path.exists(train.data):
+            prepare([], train.data)
+        verify_tokens(train.data)
+    rank, n_process, device = join_processes(train.device)
     T = config.block_size
-    if train.batch_tokens % (T * train.micro_batch):
+    unit = T * train.micro_batch * n_process
+    if train.batch_tokens % unit:
         raise ValueError(
-            f"batch_tokens must be a multiple of micro_batch * block_size = {train.micro_batch} * {T}"
-            f" = {T * train.micro_batch}, not {train.batch_tokens}"
+            f"batch_tokens must be a multiple of micro_batch * block_size * processes = {train.micro_batch} * {T}"
+            f" * {n_process} = {unit}, not {train.batch_tokens}"
         )
-    path = checkpoint_path(train.out)
-    if os.path.exists(path) and not resume:
-        raise ValueError(f"{train.out} holds a run already: add --resume to go on with it, or choose another --out")
-    if train.data == DEFAULT_DATA and not os.path.exists(train.data):
-        prepare([], train.data)
+    sum_over_processes(torch.zeros((), device=device))  # wait for the data
     meta, splits = load_meta(train.data), {split: open_tokens(train.data, split) for split in ("train", "val")}
     if meta["vocab_size"] > config.vocab_size:
         raise ValueError(
@@ -200,82 +327,110 @@ def main(argv: list[str]) -> None:
     for split, tokens in splits.items():
         if len(tokens) <= T:
             raise ValueError(f"{train.data} ({split}) has {len(tokens)} tokens, fewer than one sequence of {T} + 1")
+    data_hash = meta["train"]["sha256"]
+    if checkpoint and checkpoint.get("data", data_hash) != data_hash:
+        raise ValueError(f"{train.data} is not the data that the run in {train.out} was trained on: name that with --data")
     tokenizer = load_tokenizer(meta["tokenizer"])
 
-    torch.manual_seed(train.seed)
-    compute_dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    with torch.device(device):
-        model = Transformer(config, compute_dtype)
+    model, parallel = build_model(config, train, device, n_process)
     optimizer = make_optimizer(model, train)
-    start = 0
-    if resume:
-        loaded, checkpoint = load_checkpoint(path, device)
-        model.load_state_dict(loaded.state_dict())
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        start = checkpoint["step"]
-        del loaded, checkpoint
-    if train.compile and device.startswith("cuda"):
-        for part in (*model.blocks, model.head):  # one compiled block serves all: a minute less than the whole model
-            part.compile()
+    whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if checkpoint:
+        options = sharded.StateDictOptions(full_state_dict=True)
+        sharded.set_model_state_dict(model, checkpoint["model"], options=options)
+        if "optimizer" in checkpoint:
+            sharded.set_optimizer_state_dict(model, optimizer, checkpoint["optimizer"], options=options)
+    start = checkpoint["step"] if checkpoint else 0
 
-    os.makedirs(train.out, exist_ok=True)
-    log = Log(os.path.join(train.out, "log.jsonl"), keep_until=start)
+    log = Log(train.out, start, writes=rank == 0)
     total, active = count_params(model)
-    print(f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; {train.steps} steps of {train.batch_tokens} tokens"
-          f" on {device}; writing {train.out}")
+    if rank == 0:
+        print(f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; {train.steps} steps of {train.batch_tokens}"
+              f" tokens on {n_process} x {device.split(':')[0]}; writing {train.out}")
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     flops = flops_per_token(model, T)
     bytes_per_token = meta["val"]["bytes"] / meta["val"]["tokens"]
 
+    stop = []  # signals that came: the first ends the run after its step, a second at once
+
+    def on_signal(number, _):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     model.train()
-    bar = tqdm(total=train.steps, initial=start, unit="step", dynamic_ncols=True)
-    clock, clock_step = time.perf_counter(), start
+    bar = tqdm(total=train.steps, initial=start, unit="step", dynamic_ncols=True, disable=None if rank == 0 else True)
     for step in range(start, train.steps):
+        clock = time.perf_counter()
         lr = lr_at(step, train)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        micros = draw_batch(splits["train"], train.batch_tokens // T, T, train.seed, step).split(train.micro_batch)
-        loss = torch.zeros((), device=device)
-        for rows in micros:
-            part = model(*inputs_and_targets(rows, device)) / len(micros)
-            part.backward()
-            loss += part.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
-        optimizer.step()
+        rows = draw_batch(splits["train"], train.batch_tokens // T, T, train.seed, step, rank, n_process)
+        micros = rows.split(train.micro_batch)
+        state = torch.zeros(2, device=device)  # loss, and whether a signal came
+        for i, micro in enumerate(micros):
+            with synchronising(parallel, i == len(micros) - 1):
+                loss = parallel(*inputs_and_targets(micro, device)) / len(micros)
+                loss.backward()
+            state[0] += loss.detach() / n_process
+        state[1] = len(stop)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+        if isinstance(grad_norm, dist.tensor.DTensor):
+            grad_norm = grad_norm.full_tensor()
+        (loss, stopping), grad_norm = sum_over_processes(state).tolist(), grad_norm.item()
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         record = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm}
         if moes := model.moes():
-            record["worst_load"] = torch.stack([moe.load.max() / moe.load.mean() for moe in moes]).max()
-            for moe in moes:
-                moe.balance(train.balance_rate, train.balance)
-        log.add(**record)
+            loads = sum_over_processes(torch.stack([moe.load for moe in moes]))  # (layers, experts)
+            record["worst_load"] = (loads.amax(-1) / loads.mean(-1)).max().item()
+            for moe, load in zip(moes, loads):
+                moe.load.copy_(load)
+                moe.balance(train.balance_rate * finite, train.balance)
+        log.count(loss, finite)
+        record["tokens_per_s"] = train.batch_tokens / (time.perf_counter() - clock)
+        if peak:
+            record["mfu"] = record["tokens_per_s"] * flops / (peak * n_process)
+        log.write(**record, spikes=log.spikes, skipped=log.skipped)
         bar.update()
+        bar.set_postfix_str(" ".join(f"{key} {record[key]:.3g}" for key in ("loss", "tokens_per_s", "mfu") if key in record))
+        if log.skipped_in_a_row == MAX_SKIPPED:
+            raise ValueError(
+                f"{MAX_SKIPPED} updates in a row, the last step {step + 1}, had a loss or gradient that is not finite: the"
+                f" newest checkpoint in {train.out} stands; --resume with a lower --lr"
+            )
 
         done = step + 1
         last = done == train.steps
-        if done % 10 == 0 or last:
-            loss = loss.item()  # waits for the device, so that the clock tells the truth
-            speed = (done - clock_step) * train.batch_tokens / (time.perf_counter() - clock)
-            mfu = {"mfu": speed * flops / peak} if peak else {}
-            line = log.flush(tokens_per_s=speed, **mfu)
-            bar.set_postfix_str(" ".join(f"{key} {line[key]:.3g}" for key in ("loss", "tokens_per_s", "mfu") if key in line))
-            clock, clock_step = time.perf_counter(), done
         if done % train.eval_every == 0 or last:
-            val_loss = evaluate(model, splits["val"], train, device)
+            val_loss = evaluate(parallel, splits["val"], T, train, device, rank, n_process)
             val_bpb = val_loss / math.log(2) / bytes_per_token
-            log.add(step=done, val_loss=val_loss, val_bpb=val_bpb, knocks=model.knock_movement())
-            log.flush()
-            bar.write(f"step {done}: held-out loss {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte")
-        if done % train.save_every == 0 or last:
-            save_checkpoint(path, {
-                "config": dataclasses.asdict(config), "train": dataclasses.asdict(train), "step": done,
-                "tokenizer": meta["tokenizer"], "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            })
-        if done % train.eval_every == 0 or done % train.save_every == 0:
-            clock = time.perf_counter()  # evaluating and saving is not training
+            log.write(step=done, val_loss=val_loss, val_bpb=val_bpb, knocks=model.knock_movement())
+            if rank == 0:
+                bar.write(f"step {done}: held-out loss {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte")
+        if done % train.save_every == 0 or last or stopping:
+            weights, state = sharded.get_state_dict(model, optimizer, options=whole)
+            if rank == 0:
+                save_checkpoint(train.out, {
+                    "config": dataclasses.asdict(config), "train": dataclasses.asdict(train), "step": done,
+                    "tokenizer": meta["tokenizer"], "data": data_hash, "model": weights, "optimizer": state,
+                })
+        if stopping and not last:
+            break
     bar.close()
-    write_samples(model.eval(), tokenizer, train.prompt, max_new_tokens=min(200, T - len(tokenizer.encode(train.prompt))))
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if stopping and not last:
+        if rank == 0:
+            print(f"stopped by a signal and saved after step {done} of {train.steps}: --resume goes on")
+    else:
+        with nullcontext() if rank == 0 else redirect_stdout(None):
+            write_samples(model.eval(), tokenizer, train.prompt, max_new_tokens=min(200, T - len(tokenizer.encode(train.prompt))))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -157,6 +157,25 @@ def open_tokens(folder: str, split: str) -> np.memmap:
     return np.memmap(Path(folder, f"{split}.bin"), dtype=load_meta(folder)["dtype"], mode="r")
 
 
+def verify_tokens(folder: str) -> None:
+    """Read all of a prepared folder's tokens once, to know that they are what was prepared and in the vocabulary.
+
+    Raises ValueError if not, and what load_meta raises.
+    """
+    meta = load_meta(folder)
+    for split in SPLITS:
+        tokens, digest = open_tokens(folder, split), hashlib.sha256()
+        for start in range(0, len(tokens), PIECE):
+            piece = tokens[start : start + PIECE]
+            digest.update(piece)
+            if piece.max() >= meta["vocab_size"]:
+                raise ValueError(f"{folder}/{split}.bin has the token {piece.max()}, outside its vocabulary of "
+                                 f"{meta['vocab_size']}: delete {folder} and run data/prepare.py again")
+        if digest.hexdigest() != meta[split]["sha256"]:
+            raise ValueError(f"{folder}/{split}.bin has changed since it was prepared (its hash is not that of "
+                             f"meta.json): delete {folder} and run data/prepare.py again")
+
+
 # ---- sources: what the inputs on the command line stand for
 
 

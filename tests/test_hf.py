@@ -9,14 +9,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.append("/tmp/hf")
-from hf_draft import add_knocks, export_hf, fold_added, import_hf
-from kha import Config, Knock, Transformer
+from data.hf import export_hf, import_hf
+from kha import Config, Knock, Transformer, add_knocks, fold
 from sample import generate
 from tests import reference
 from tests.reference import scramble
 
-transformers = pytest.importorskip("transformers")
+transformers, safetensors = pytest.importorskip("transformers"), pytest.importorskip("safetensors")
 
 HEADS = {"wide": (6, 2, 8), "odd": (3, 1, 32)}  # n_head, n_kv_head, head_dim; n_embd is 24
 SIZES = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, max_position_embeddings=128)
@@ -60,11 +59,11 @@ def edit_config(folder, **changes):
 
 
 class Fused(nn.Module):
-    """nanoGPT's attention, as far as it matters: queries, keys and values of one nn.Linear with bias."""
+    """nanoGPT's attention, as far as it matters: queries, keys and values of one nn.Linear."""
 
-    def __init__(self):
+    def __init__(self, bias=True):
         super().__init__()
-        self.c_attn = nn.Linear(24, 3 * 24)
+        self.c_attn = nn.Linear(24, 3 * 24, bias=bias)
         self.c_proj = nn.Linear(24, 24)
 
     def forward(self, x):
@@ -96,7 +95,7 @@ def test_added_knocks_change_nothing_then_are_the_equation_then_fold_away(name, 
     assert relative_error(knocked, before) > 1e-2
     assert relative_error(knocked, logits(projections, tokens)) < 1e-5
 
-    folded = fold_added(model)
+    folded = fold(model)
     assert folded is model and not any(isinstance(module, Knock) for module in model.modules())
     assert relative_error(logits(model, tokens), knocked) < 1e-5
 
@@ -107,8 +106,8 @@ def test_down_of_a_value_knock_vanishes_into_the_output_projection():
         scramble(knock)
     knocked, names = logits(model, tokens), set(model.state_dict())
     with pytest.raises(ValueError, match="has no neighbour wo"):
-        fold_added(model, "wo")
-    fold_added(model, "o_proj")
+        fold(model, "wo")
+    fold(model, "o_proj")
     assert relative_error(logits(model, tokens), knocked) < 1e-5
     assert {name for name in names if "knock" not in name} == set(model.state_dict())
 
@@ -132,13 +131,21 @@ def test_a_fused_projection_knocks_where_it_is_told():
 
     plain.c_attn.register_forward_hook(knock_activations)
     torch.testing.assert_close(model(x), plain(x))
-    with pytest.raises(ValueError, match="cannot fold the MLP knock of c_attn"):
-        fold_added(model)
 
-    linear = scramble(Fused())
-    scramble(add_knocks(linear, "linear", "c_attn", 8)["c_attn"])
+
+@pytest.mark.parametrize("bias,rows", [(True, slice(None)), (False, slice(48, 72))])
+def test_a_fused_projection_folds_linear_knocks_and_says_that_it_does_not_fold_others(bias, rows):
+    x, model = torch.randn(2, 9, 24), Fused(bias)
+    add_knocks(model, "mlp", "c_attn", 8, rows)
+    with pytest.raises(ValueError, match="knocks already"):
+        add_knocks(model, "mlp", "c_attn", 8, rows=slice(24))
+    with pytest.raises(ValueError, match="cannot fold the MLP knock of c_attn"):
+        fold(model)
+
+    linear = scramble(Fused(bias))
+    scramble(add_knocks(linear, "linear", "c_attn", 8, rows)["c_attn"])
     knocked = linear(x)
-    assert type(fold_added(linear).c_attn) is nn.Linear
+    assert type(fold(linear).c_attn) is nn.Linear
     torch.testing.assert_close(linear(x), knocked)
 
 
@@ -158,7 +165,12 @@ def test_copies_and_files_of_a_model_with_added_knocks_are_its_own(kind, tmp_pat
     assert torch.equal(logits(twin, tokens), knocked)
     scramble(twin, seed=1)
     assert torch.equal(logits(model, tokens), knocked) and not torch.equal(logits(twin, tokens), knocked)
-    if kind == "mlp":
+    if kind == "linear":
+        fold(copy.deepcopy(model))
+        assert torch.equal(logits(model, tokens), knocked)
+        assert set(fold(model).state_dict()) == set(base)
+        assert relative_error(logits(model, tokens), knocked) < 1e-5
+    else:
         assert set(base) <= set(model.state_dict())
 
 
@@ -176,7 +188,7 @@ def test_added_knocks_take_the_dtype_of_the_projection():
         (("lin", "*.v_proj", 8), "kind must be linear or mlp, not 'lin'"),
         (("mlp", "*.value", 8), "no module's name matches '\\*.value'"),
         (("mlp", "*.self_attn", 8), "model.layers.0.self_attn is a Qwen3Attention, not an nn.Linear"),
-        (("mlp", "*.v_proj", 7), "outputs 0:16 of model.layers.0.self_attn.v_proj do not divide into heads of head_dim"),
+        (("mlp", "*.v_proj", 7), "outputs 0:16 of model.layers.0.self_attn.v_proj do not divide into heads"),
         (("linear", "*.v_proj", 8, slice(16, 24)), "outputs 16:16 of"),
         (("linear", "*.v_proj", 8, slice(0, 16, 2)), "do not divide"),
         (("linear", "*.q_proj", 8), "model.layers.0.self_attn.q_proj knocks already"),
@@ -193,10 +205,9 @@ def test_knocks_that_cannot_be_added_leave_the_model_alone(arguments, message):
     assert "\n" not in str(error.value) and set(model.state_dict()) == before
 
 
-def test_knocks_of_our_own_models_count_too():
-    model = Transformer(config_of_ours(knock_q="linear"))
-    with pytest.raises(ValueError, match="blocks.0.attn.wq knocks already"):
-        add_knocks(model, "mlp", "*.wq", 8)
+def test_our_own_models_have_their_knocks_by_config():
+    with pytest.raises(ValueError, match="set knock_q"):
+        add_knocks(Transformer(config_of_ours(knock_q="linear")), "mlp", "*.wq", 8)
 
 
 # --- out ---
@@ -215,8 +226,11 @@ def test_transformers_computes_what_we_exported(heads, experts, stock, tmp_path)
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert type(loaded).__name__ == f"{stock}ForCausalLM" and loaded.config.eos_token_id == 3
     assert not any(report.values())
+    with safetensors.safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers 4 asks for it
     assert_same(loaded, model)
     if experts:
+        assert loaded.config.num_mtp_layers == 0
         for moe in model.moes():
             moe.bias.zero_()
         with pytest.raises(AssertionError):  # the bias did decide
@@ -231,7 +245,8 @@ def test_greedy_text_is_the_same_token_by_token(experts, tmp_path):
     seen = set()
     for prompt in ([7], [7, 1, 42], list(range(50))):
         ours = [new[0] for new in generate(model, prompt, max_new_tokens=64, temperature=0)]
-        out = loaded.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False, pad_token_id=0)
+        ids = torch.tensor([prompt])
+        out = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
         assert out[0, len(prompt) :].tolist() == ours and len(ours) == 64
         seen |= set(ours)
     assert len(seen) > 5  # not one word over and over

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import resource
 
 import pytest
 import torch
@@ -330,22 +331,49 @@ def test_a_sequence_longer_than_the_context_is_refused():
         model(torch.zeros(1, 33, dtype=torch.long))
 
 
-def test_checkpoint_round_trip_and_damage(tmp_path):
-    model, path = scramble(Transformer(Config(**SMALL, n_expert=4, top_k=2))).eval(), tmp_path / "checkpoint.pt"
-    save_checkpoint(path, {"config": dataclasses.asdict(model.config), "model": model.state_dict(), "step": 3})
-    loaded, checkpoint = load_checkpoint(path)
-    tokens = torch.randint(50, (1, 8))
-    assert checkpoint["step"] == 3 and torch.equal(loaded(tokens), model(tokens))
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+def tiny_checkpoint(step):
+    model = scramble(Transformer(Config(**SMALL, n_expert=4, top_k=2)), step).eval()
+    return model, {"config": dataclasses.asdict(model.config), "model": model.state_dict(), "step": step}
 
-    whole = path.read_bytes()
-    for damaged in (b"", b"not a checkpoint", whole[: len(whole) // 2]):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged or not a checkpoint") as error:
-            load_checkpoint(path)
-        assert "\n" not in str(error.value)
+
+def test_checkpoints_come_back_and_the_last_two_are_kept(tmp_path):
+    for step in (5, 10, 100):
+        model, checkpoint = tiny_checkpoint(step)
+        save_checkpoint(tmp_path, checkpoint)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010.pt", "step-00000100.pt"]
+    tokens = torch.randint(50, (1, 8))
+    for path in (tmp_path, tmp_path / "step-00000100.pt"):
+        loaded, checkpoint = load_checkpoint(path)
+        assert checkpoint["step"] == 100 and torch.equal(loaded(tokens), model(tokens))
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "none.pt")
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
+    save_checkpoint(tmp_path, tiny_checkpoint(1)[1])
+    path = tmp_path / "step-00000001.pt"
+    whole = path.read_bytes()
+    flipped = [bytearray(whole) for _ in range(20)]
+    for i, copy_ in enumerate(flipped):  # one bit, anywhere in the weights
+        copy_[len(whole) // 4 + i * len(whole) // 40] ^= 1 << i % 8
+    for damaged in (b"", b"not a checkpoint", whole[: len(whole) // 2], *flipped):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged") as error:
+            load_checkpoint(path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
+    save_checkpoint(tmp_path, tiny_checkpoint(1)[1])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # files cannot grow past this
+    try:
+        with pytest.raises(OSError, match="cannot save to .*: the earlier checkpoints there stand") as error:
+            save_checkpoint(tmp_path, tiny_checkpoint(2)[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.pt"] and load_checkpoint(tmp_path)[1]["step"] == 1
 
 
 def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):

@@ -114,8 +114,9 @@ def test_characters_of_several_bytes_are_written_whole(model, capsys):
 
 
 def test_the_script(model, tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, {"config": dataclasses.asdict(model.config), "model": model.state_dict(), "tokenizer": "byte"})
+    weights = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
+    save_checkpoint(tmp_path, {**weights, "tokenizer": "byte", "step": 1})
+    path = tmp_path / "step-00000001.pt"
     code, one, _ = sample("--checkpoint", path, "--prompt", "def", "--max_new_tokens", 10)
     assert code == 0 and one.startswith("def")
     code, piped, _ = sample("--checkpoint", path, "--prompt", "-", "--max_new_tokens", 10, stdin="def")

@@ -48,10 +48,10 @@ def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
     assert diagonal == pytest.approx(1, abs=0.3) and rest > 0
     assert "\na" in capsys.readouterr().out  # the sample, from the prompt on
 
-    model, checkpoint = load_checkpoint(out / "checkpoint.pt")
+    model, checkpoint = load_checkpoint(out)
     assert checkpoint["step"] == 30 and checkpoint["tokenizer"] == "byte"
     tokens = np.memmap(data / "val.bin", dtype=np.uint16, mode="r")
-    again = evaluate(model, tokens, TrainConfig(**checkpoint["train"]), "cpu")
+    again = evaluate(model, tokens, 32, TrainConfig(**checkpoint["train"]), "cpu")
     assert again == pytest.approx(evals[-1]["val_loss"], rel=1e-6)
 
 
@@ -60,9 +60,9 @@ def test_resumed_ends_as_if_never_stopped(data, tmp_path):
     main([*args, "--out", str(tmp_path / "whole")])
     with pytest.raises(KeyboardInterrupt):
         stop_at(14, [*args, "--out", str(tmp_path / "halves")])
-    assert load_checkpoint(tmp_path / "halves" / "checkpoint.pt")[1]["step"] == 10
+    assert load_checkpoint(tmp_path / "halves")[1]["step"] == 10
     main([*args, "--out", str(tmp_path / "halves"), "--resume"])
-    whole, halves = (load_checkpoint(tmp_path / name / "checkpoint.pt")[0].state_dict() for name in ("whole", "halves"))
+    whole, halves = (load_checkpoint(tmp_path / name)[0].state_dict() for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
     untimed = lambda lines: [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
     for one, two in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "halves")):
@@ -117,7 +117,7 @@ def test_evaluation_is_the_mean_over_the_first_tokens():
     tokens = np.random.default_rng(0).integers(50, size=100)
     rows = torch.from_numpy(np.stack([tokens[i * 8 : i * 8 + 9] for i in range(5)]))
     expected = model(rows[:, :-1], rows[:, 1:]).item()
-    assert evaluate(model, tokens, TrainConfig(eval_tokens=47, micro_batch=2), "cpu") == pytest.approx(expected, rel=1e-5)
+    assert evaluate(model, tokens, 8, TrainConfig(eval_tokens=47, micro_batch=2), "cpu") == pytest.approx(expected, rel=1e-5)
     assert model.training
 
 
@@ -132,7 +132,7 @@ def test_matrices_decay_and_norms_do_not():
 
 def test_every_option_is_typed_and_the_config_is_the_default():
     config, settings, resume = parse_config(["gpt2", "--n_layer", "3", "--lr", "1e-4", "--no-compile"])
-    assert (config.n_layer, config.n_embd, settings.lr, settings.compile, resume) == (3, 768, 1e-4, False, False)
+    assert (config.n_layer, config.n_embd, settings.lr, settings.compile, resume) == (3, 768, 1e-4, False, None)
     assert settings.out == "out/gpt2"
     assert parse_config([])[0].n_expert == 8  # toy
 
@@ -147,7 +147,7 @@ def test_every_option_is_typed_and_the_config_is_the_default():
         ("--balance rsm", "balance must be one of rms, sign"), ("--device tpu", "device 'tpu' is not available"),
         ("--data DATA --vocab_size 100", "a vocabulary of 257 (byte), more than the model's 100: add --vocab_size 320"),
         ("--data DATA --block_size 1000000 --micro_batch 1 --batch_tokens 1000000", "fewer than one sequence"),
-        ("--data nowhere", "no prepared data in nowhere"), ("--data CUT", "truncated"), ("--resume", "no checkpoint at"),
+        ("--data nowhere", "no prepared data in nowhere"), ("--data CUT", "truncated"), ("--resume --out NEW", "no checkpoint in"),
         ("--data DATA --out RUN", "holds a run already: add --resume"), ("--out BROKEN --resume", "damaged"),
         ("--out RUN --resume --n_layer 3", "--n_layer 3 differs from the checkpoint's 1: leave it out"),
     ],
@@ -158,11 +158,11 @@ def test_bad_input_is_one_line_and_touches_nothing(args, message, data, tmp_path
     for file in data.iterdir():
         (cut / file.name).write_bytes(file.read_bytes()[: 1000 if file.name == "train.bin" else None])
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "checkpoint.pt").write_bytes(b"PK")
+    (tmp_path / "broken" / "step-00000001.pt").write_bytes(b"PK")
     if "RUN" in args:
         main([*SHORT, "--data", str(data), "--out", str(run), "--steps", "1"])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    places = {"DATA": data, "CUT": cut, "RUN": run, "BROKEN": tmp_path / "broken"}
+    places = {"DATA": data, "CUT": cut, "RUN": run, "BROKEN": tmp_path / "broken", "NEW": tmp_path / "new"}
     done = train(*(places.get(word, word) for word in args.split()), *([] if "--out" in args else ["--out", tmp_path / "new"]))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert message in done.stderr
