@@ -95,7 +95,7 @@ class Config:
 _paper = dict(vocab_size=157184, head_dim=128, n_head=32, n_kv_head=4, block_size=4096)  # the Ling 2.0 tokenizer
 CONFIGS = {
     # Byte-level (257 tokens, rounded up for the GPU's sake): the toy for two CPU cores, and one for studies on a GPU.
-    "toy": dict(vocab_size=320, block_size=256, n_layer=4, n_embd=128, n_head=4, n_kv_head=2, head_dim=32, d_ff=128,
+    "toy": dict(vocab_size=320, block_size=256, n_layer=3, n_embd=160, n_head=4, n_kv_head=2, head_dim=32, d_ff=128,
                 n_expert=8, top_k=2),
     "small": dict(vocab_size=320, block_size=1024, n_layer=10, n_embd=512, n_head=12, n_kv_head=4, head_dim=64,
                   d_ff=224, n_expert=32, top_k=4),
@@ -160,7 +160,7 @@ class KnockMLP(Knock):
     matrices = ("up", "gate", "down")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        up, gate = x @ self.up.to(x.dtype), x @ self.gate.to(x.dtype)
+        up, gate = (x @ torch.cat((self.up, self.gate), dim=1).to(x.dtype)).chunk(2, dim=-1)  # x is read once
         return 2 * (up * gate.sigmoid()) @ self.down.to(x.dtype)
 
 
@@ -401,7 +401,7 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 
-class Head(nn.Module):
+class LMHead(nn.Module):
     """The model's end: norm, then logits by the embedding's weight (V, C); with targets (B, T) their cross-entropy."""
 
     def __init__(self, config: Config):
@@ -449,7 +449,7 @@ class Transformer(nn.Module):
         self.config, self.compute_dtype, self.recompute = config, compute_dtype, recompute
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # also the output projection
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.head = Head(config)
+        self.head = LMHead(config)
         init_weights(self, config.n_layer)
 
     def forward(
@@ -685,6 +685,43 @@ def flops_per_token(model: Transformer, length: int) -> int:
     return 6 * (count_params(model)[1] + knocks) + attention
 
 
+def memory_per_gpu(
+    config: Config, micro_batch: int, n_shard: int = 1, recompute: bool = False, accumulates: bool = True
+) -> dict[str, float]:
+    """GPU memory, in bytes, that training needs at its peak, by what needs it; "total" is the sum.
+
+    float32 weights, gradients and both moments of Adam are spread over n_shard GPUs (FSDP; 1 without it). The rest is
+    for micro_batch sequences of block_size tokens in bfloat16: the casts of the weights, which the backward pass keeps
+    (FSDP has the embedding and two blocks whole at a time), each layer's activations (with recompute all layers' inputs
+    and one layer's activations), and logits with their gradient. If an update is one micro-batch (accumulates=False),
+    gradients come only as activations go.
+    """
+    c = config
+    with torch.device("meta"):
+        model = Transformer(c)
+    n, n_block = count_params(model)[0], sum(p.numel() for p in model.blocks[0].parameters())
+    tokens = micro_batch * c.block_size
+    # Numbers a token leaves in a layer. Queries and keys twice, for norm and RoPE lie between projection and attention.
+    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    if c.attention == "mla":
+        layer = 3 * c.n_embd + c.q_rank + 2 * c.kv_rank + int(6.5 * q)
+    else:
+        layer = 3 * c.n_embd + 3 * q + 3 * kv
+    layer += sum(4 * heads for kind, heads in ((c.knock_q, q), (c.knock_k, kv), (c.knock_v, kv)) if kind in ("mlp", "gate"))
+    layer += c.top_k * (2 * c.n_embd + 3 * c.d_ff) if c.n_expert else 2 * c.d_ff
+    parts = {
+        "weights": 4 * n / n_shard,
+        "adam": 8 * n / n_shard,
+        "gradients": 4 * n / n_shard,
+        "casts": 2 * (n if n_shard == 1 else c.vocab_size * c.n_embd + 2 * n_block),
+        "activations": 2 * tokens * (c.n_layer * c.n_embd + layer if recompute else c.n_layer * layer),
+        "logits": 2 * 2 * tokens * c.vocab_size,
+    }
+    if not accumulates:
+        parts["gradients"] = max(0, parts["gradients"] - parts["activations"] - parts["logits"])
+    return {**parts, "total": sum(parts.values())}
+
+
 def paper_flops(length: int, d: int, n_head: int) -> tuple[int, int, int]:
     """Forward FLOPs of one layer on a sequence, as the paper counts them: (MHA, FFN with d_ff = 3d, what KHA adds).
 
@@ -698,11 +735,13 @@ def paper_flops(length: int, d: int, n_head: int) -> tuple[int, int, int]:
 
 
 def save_checkpoint(folder: str, checkpoint: dict) -> None:
-    """Write a checkpoint to folder/step-N.pt, N its "step", and remove all but the last two.
+    """Write a checkpoint to folder/step-N.pt, N its "step", and remove all but the last two up to it: later ones can
+    only be damaged, a run that finds them whole goes on from them.
 
     The file appears whole or not at all: it is written under another name, brought to the disk and then renamed.
     Raises OSError if it cannot be written; the earlier ones then stand.
     """
+    name = f"step-{checkpoint['step']:08d}.pt"
     temporary = os.path.join(folder, "checkpoint.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -710,17 +749,24 @@ def save_checkpoint(folder: str, checkpoint: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        os.remove(temporary)
+        if os.path.exists(temporary):
+            os.remove(temporary)
         reason = str(error).split("\n")[0]
         raise OSError(f"cannot save to {folder} ({reason}): the earlier checkpoints there stand") from error
-    os.replace(temporary, os.path.join(folder, f"step-{checkpoint['step']:08d}.pt"))
-    for old in list_checkpoints(folder)[2:]:
-        os.remove(old)
+    os.replace(temporary, os.path.join(folder, name))
+    if os.name == "posix":  # bring the new name to the disk before an old file goes
+        entries = os.open(folder, os.O_RDONLY)
+        os.fsync(entries)
+        os.close(entries)
+    there = list_checkpoints(folder)
+    last_two = [path for path in there if os.path.basename(path) <= name][:2]
+    for path in set(there) - set(last_two):
+        os.remove(path)
 
 
 def list_checkpoints(folder: str) -> list[str]:
     """The checkpoints in a run's folder, newest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "step-*.pt")), reverse=True)
+    return sorted(glob.glob(os.path.join(glob.escape(folder), f"step-{8 * '[0-9]'}.pt")), reverse=True)
 
 
 def read_checkpoint(path: str) -> dict:
@@ -735,7 +781,9 @@ def read_checkpoint(path: str) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         Config(**checkpoint["config"])
         return checkpoint
-    except (OSError, RuntimeError, KeyError, TypeError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
+    except (
+        OSError, RuntimeError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError
+    ) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
 

@@ -10,6 +10,7 @@ random state to save, the number of processes changes nothing but rounding, and 
 
 import argparse
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import signal
 import statistics
 import sys
 import time
+import warnings
 from collections import deque
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -30,11 +32,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from data.hf import import_hf
 from data.prepare import load_meta, load_tokenizer, open_tokens, parse_args, prepare, run_script, verify_tokens
 from kha import (
-    CONFIGS, Config, Transformer, count_params, flops_per_token, init_weights, list_checkpoints, read_checkpoint,
-    save_checkpoint,
+    CONFIGS, Config, Transformer, count_params, flops_per_token, init_weights, list_checkpoints, memory_per_gpu,
+    read_checkpoint, save_checkpoint,
 )
 from moe import BALANCE_RULES
 from sample import pick_device, write_samples
@@ -84,7 +91,7 @@ class TrainConfig:
 
 _explore = dict(lr=7.5e-4, batch_tokens=2**21, steps=47_684, micro_batch=4, eval_tokens=2**20)  # 100B tokens
 RECIPES = {
-    "toy": dict(lr=2e-3, batch_tokens=2048, micro_batch=8, steps=700, eval_every=350, eval_tokens=65536),
+    "toy": dict(lr=3e-3, batch_tokens=2048, micro_batch=8, steps=800, eval_every=400, eval_tokens=65536),
     "small": dict(lr=1e-3, batch_tokens=32768, micro_batch=32, steps=2000),
     "gpt2": dict(lr=6e-4, batch_tokens=2**19, micro_batch=32, steps=19_073),  # 10B tokens
     **{name: _explore for name in CONFIGS if name.startswith(("moe-", "dense-"))},
@@ -99,8 +106,9 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     """Command line to (model config, training config, checkpoint to go on from). Raises ValueError for what it does
     not know.
 
-    With --resume, and when torchrun has restarted a run, the run in --out goes on as its newest checkpoint says:
-    training settings given here replace the checkpoint's, the model's cannot change.
+    With --resume the run in --out goes on as its newest checkpoint says: training settings given here replace the
+    checkpoint's, the model's cannot change. Under torchrun --max-restarts it goes on without being told, if all settings
+    are those of the checkpoint: then it is this very run, and torchrun has started it anew.
     """
     parser = argparse.ArgumentParser("train.py", description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("config", nargs="?", default="toy", choices=CONFIGS, help="default: toy")
@@ -118,13 +126,17 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     if "import_hf" in given and not saved:
         imported = import_hf(given["import_hf"], **model)
         base_model, checkpoint = dataclasses.asdict(imported.config), {"model": imported.state_dict(), "step": 0}
-    if saved and not resume and not restarted():
-        raise ValueError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
     if resume and not saved:
         raise ValueError(f"no checkpoint in {out}: leave --resume out to start a run")
     if saved:
-        checkpoint = read_newest(saved)
+        checkpoint = read_newest(saved) if resume or may_restart() else {"config": {}, "train": {}}
+        asked_model, asked_train = Config(**{**base_model, **model}), TrainConfig(**{**base_train, **given})
         base_model, base_train = checkpoint["config"], {**checkpoint["train"], "out": out}
+        same = dataclasses.asdict(asked_train) == base_train and (
+            "import_hf" in given or dataclasses.asdict(asked_model) == base_model
+        )
+        if not resume and not same:
+            raise ValueError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
         for field, value in model.items():
             if base_model[field] != value:
                 raise ValueError(f"--{field} {value} differs from the checkpoint's {base_model[field]}: leave it out")
@@ -145,9 +157,10 @@ def read_newest(paths: list[str]) -> dict:
 # Processes
 
 
-def restarted() -> bool:
-    """Whether torchrun (--max-restarts) started this process in place of one that died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def may_restart() -> bool:
+    """Whether torchrun (--max-restarts) starts processes in place of those that died. That it has done so it says only
+    on the machine where one died."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
 def join_processes(device: str) -> tuple[int, int, str]:
@@ -158,7 +171,10 @@ def join_processes(device: str) -> tuple[int, int, str]:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    store, rank, n_process = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, where it leaves what dead processes wrote
+        store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=n_process)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -175,6 +191,9 @@ def build_model(config: Config, train: TrainConfig, device: str, n_process: int)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     shard = n_process > 1 and train.parallel == "fsdp"
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # The router multiplies in full float32, on purpose.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # its successor is not in older versions of torch
     torch.manual_seed(train.seed)
     with torch.device("meta"):
         model = Transformer(config, dtype, train.recompute)
@@ -193,12 +212,26 @@ def build_model(config: Config, train: TrainConfig, device: str, n_process: int)
 
 
 def synchronising(model: nn.Module, yes: bool):
-    """Context of a micro-batch: only the last of an update sums gradients over processes."""
-    if isinstance(model, DistributedDataParallel):
-        return nullcontext() if yes else model.no_sync()
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP
-        model.set_requires_gradient_sync(yes)
-    return nullcontext()
+    """Context of a micro-batch: with DDP only the last of an update sums gradients over processes. FSDP sums each time,
+    for to wait would mean whole gradients on every device, which is the memory that it is there to save."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not yes else nullcontext()
+
+
+def check_memory(config: Config, train: TrainConfig, device: str, n_process: int) -> None:
+    """Raises ValueError, naming what would help, if training cannot fit the GPU."""
+    has, n_shard = torch.cuda.get_device_properties(device).total_memory, n_process if train.parallel == "fsdp" else 1
+    accumulates = train.batch_tokens > train.micro_batch * config.block_size * n_process
+    needs = lambda micro, shard, anew: memory_per_gpu(config, micro, shard, anew, accumulates)["total"]
+    if (now := needs(train.micro_batch, n_shard, train.recompute)) <= has:
+        return
+    ways = {
+        f"--micro_batch {train.micro_batch // 2 or 1}": needs(train.micro_batch // 2 or 1, n_shard, train.recompute),
+        "--recompute": needs(train.micro_batch, n_shard, True),
+        f"--parallel fsdp on {max(8, 2 * n_process)} GPUs": needs(train.micro_batch, max(8, 2 * n_process), train.recompute),
+        "all of these": needs(train.micro_batch // 2 or 1, max(8, 2 * n_process), True),
+    }
+    advice = ", ".join(f"{way}: {need / 2**30:.0f}" for way, need in ways.items() if need < now)
+    raise ValueError(f"this needs about {now / 2**30:.0f} GiB a GPU, which has {has / 2**30:.0f}; needed with {advice}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,27 +295,46 @@ class Log:
     """The run's log.jsonl: one line for each update and each evaluation, written as they come.
 
     `spikes` and `skipped` count, over the whole run, the losses more than SPIKE deviations (median absolute deviation
-    * 1.4826) above the median of the 100 before, and the updates left out since something was not finite.
+    * 1.4826) above the median of the up to 100 before (from the 21st on), and the updates left out since something was
+    not finite.
     """
 
     def __init__(self, out: str, last_step: int, writes: bool):
-        """Go on after `last_step`: later lines of an earlier try are dropped, and the counts are read back."""
+        """Go on after `last_step`: what an earlier try wrote behind it is cut off, and the counts are read back.
+
+        Raises ValueError if there is a log that does not reach `last_step`, or if another run is writing it.
+        """
         path = os.path.join(out, "log.jsonl")
         self.losses, self.spikes, self.skipped, self.skipped_in_a_row = deque(maxlen=100), 0, 0, 0
-        lines = []
+        reached = kept = 0  # last step and bytes of the lines to keep
         if last_step and os.path.exists(path):
-            with open(path) as file:
-                lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-            for record in map(json.loads, lines):
-                if "loss" in record:
-                    self.count(record["loss"], record["skipped"] == self.skipped)
+            with open(path, "rb") as file:
+                for line in file:
+                    try:
+                        record = json.loads(line)
+                        later = record["step"] > last_step
+                    except (ValueError, TypeError, KeyError):
+                        break  # half a line: the run was killed in the middle of it
+                    if later or not line.endswith(b"\n"):
+                        break
+                    if "loss" in record:
+                        self.count(record["loss"], record["skipped"] == self.skipped)
+                    reached, kept = record["step"], kept + len(line)
+            if reached < last_step and os.path.getsize(path):
+                raise ValueError(f"{path} is damaged after step {reached}, the run goes on after step {last_step}: mend that"
+                                 f" line, or move the file away to go on without the log until then")
         self.file = None
         if writes:
             os.makedirs(out, exist_ok=True)
-            with open(f"{path}.tmp", "w") as file:
-                file.writelines(lines)
-            os.replace(f"{path}.tmp", path)
-            self.file = open(path, "a")
+            self.file = open(path, "ab", buffering=0)  # a line is one write
+            if fcntl:
+                try:
+                    fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
+                except (BlockingIOError, PermissionError):
+                    raise ValueError(f"another run is writing {out}: choose another --out, or stop that run") from None
+                except OSError:
+                    pass  # a file system without locks
+            self.file.truncate(kept)
 
     def count(self, loss: float, finite: bool) -> None:
         if not finite:
@@ -298,8 +350,12 @@ class Log:
     def write(self, **record) -> None:
         if self.file:
             numbers = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in record.items()}
-            self.file.write(json.dumps(numbers) + "\n")
-            self.file.flush()
+            line = f"{json.dumps(numbers)}\n".encode()
+            try:
+                if self.file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise OSError(f"cannot write {self.file.name} ({error.strerror}): the checkpoints beside it stand") from error
 
 
 def main(argv: list[str]) -> None:
@@ -317,7 +373,9 @@ def main(argv: list[str]) -> None:
             f"batch_tokens must be a multiple of micro_batch * block_size * processes = {train.micro_batch} * {T}"
             f" * {n_process} = {unit}, not {train.batch_tokens}"
         )
-    sum_over_processes(torch.zeros((), device=device))  # wait for the data
+    start = checkpoint["step"] if checkpoint else 0
+    if sum_over_processes(torch.tensor(start, device=device)) != start * n_process:  # they wait here for the data, too
+        raise ValueError(f"the processes found different checkpoints in {train.out}: name a folder that all machines share")
     meta, splits = load_meta(train.data), {split: open_tokens(train.data, split) for split in ("train", "val")}
     if meta["vocab_size"] > config.vocab_size:
         raise ValueError(
@@ -331,6 +389,11 @@ def main(argv: list[str]) -> None:
     if checkpoint and checkpoint.get("data", data_hash) != data_hash:
         raise ValueError(f"{train.data} is not the data that the run in {train.out} was trained on: name that with --data")
     tokenizer = load_tokenizer(meta["tokenizer"])
+    room = T - max(1, len(tokenizer.encode(train.prompt, disallowed_special=())))  # an empty prompt is read as one token
+    if room < 1:
+        raise ValueError(f"the prompt of the sample leaves no room in a context of {T}: give a shorter --prompt")
+    if device.startswith("cuda"):
+        check_memory(config, train, device, n_process)
 
     model, parallel = build_model(config, train, device, n_process)
     optimizer = make_optimizer(model, train)
@@ -340,24 +403,28 @@ def main(argv: list[str]) -> None:
         sharded.set_model_state_dict(model, checkpoint["model"], options=options)
         if "optimizer" in checkpoint:
             sharded.set_optimizer_state_dict(model, optimizer, checkpoint["optimizer"], options=options)
-    start = checkpoint["step"] if checkpoint else 0
+        checkpoint = None  # the file is mapped into memory, and would stay on the disk after its removal
 
     log = Log(train.out, start, writes=rank == 0)
     total, active = count_params(model)
     if rank == 0:
         print(f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; {train.steps} steps of {train.batch_tokens}"
-              f" tokens on {n_process} x {device.split(':')[0]}; writing {train.out}")
+              f" tokens on {n_process} x {device.split(':')[0]}; writing {train.out}"
+              + f", going on after step {start}" * (start > 0))
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
     flops = flops_per_token(model, T)
     bytes_per_token = meta["val"]["bytes"] / meta["val"]["tokens"]
 
-    stop = []  # signals that came: the first ends the run after its step, a second at once
+    stop = []  # when signals came: the first ends the run after its step, a second at once
 
     def on_signal(number, _):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        stop.append(time.monotonic())
+        if stop[-1] - stop[0] > 1:  # sooner is the first again: a scheduler signals all, and torchrun its processes
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
+    stopping = last = False
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     model.train()
     bar = tqdm(total=train.steps, initial=start, unit="step", dynamic_ncols=True, disable=None if rank == 0 else True)
@@ -399,8 +466,9 @@ def main(argv: list[str]) -> None:
         bar.set_postfix_str(" ".join(f"{key} {record[key]:.3g}" for key in ("loss", "tokens_per_s", "mfu") if key in record))
         if log.skipped_in_a_row == MAX_SKIPPED:
             raise ValueError(
-                f"{MAX_SKIPPED} updates in a row, the last step {step + 1}, had a loss or gradient that is not finite: the"
-                f" newest checkpoint in {train.out} stands; --resume with a lower --lr"
+                f"{MAX_SKIPPED} updates in a row, the last step {step + 1}, had a loss or gradient that is not finite: go on"
+                f" with --resume and a lower --lr from what is saved in {train.out}, after deleting the newest"
+                f" checkpoint if it fails again"
             )
 
         done = step + 1
@@ -411,13 +479,21 @@ def main(argv: list[str]) -> None:
             log.write(step=done, val_loss=val_loss, val_bpb=val_bpb, knocks=model.knock_movement())
             if rank == 0:
                 bar.write(f"step {done}: held-out loss {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte")
-        if done % train.save_every == 0 or last or stopping:
-            weights, state = sharded.get_state_dict(model, optimizer, options=whole)
+        # Not while updates are skipped: if the weights are at fault, the checkpoints before must stay.
+        if done % train.save_every == 0 and finite or last or stopping:
+            clock = time.perf_counter()
+            checkpoint = {
+                "config": dataclasses.asdict(config), "train": dataclasses.asdict(train), "step": done,
+                "tokenizer": meta["tokenizer"], "data": data_hash,
+                "model": sharded.get_model_state_dict(model, options=whole),
+            }
+            if optimizer.state:  # asked for it before its first update, it would count one
+                checkpoint["optimizer"] = sharded.get_optimizer_state_dict(model, optimizer, options=whole)
             if rank == 0:
-                save_checkpoint(train.out, {
-                    "config": dataclasses.asdict(config), "train": dataclasses.asdict(train), "step": done,
-                    "tokenizer": meta["tokenizer"], "data": data_hash, "model": weights, "optimizer": state,
-                })
+                os.fsync(log.file.fileno())  # no checkpoint on the disk without the log up to it
+                save_checkpoint(train.out, checkpoint)
+                bar.write(f"step {done}: saved in {time.perf_counter() - clock:.1f} s")
+            checkpoint = None
         if stopping and not last:
             break
     bar.close()
@@ -427,8 +503,9 @@ def main(argv: list[str]) -> None:
         if rank == 0:
             print(f"stopped by a signal and saved after step {done} of {train.steps}: --resume goes on")
     else:
+        torch.compiler.set_stance("force_eager")  # each new length would compile anew
         with nullcontext() if rank == 0 else redirect_stdout(None):
-            write_samples(model.eval(), tokenizer, train.prompt, max_new_tokens=min(200, T - len(tokenizer.encode(train.prompt))))
+            write_samples(model.eval(), tokenizer, train.prompt, max_new_tokens=min(200, room))
     if dist.is_initialized():
         dist.destroy_process_group()
 

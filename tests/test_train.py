@@ -1,38 +1,14 @@
 """Training as a user runs it: on small models and data, through the script where the script matters."""
 
-import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from data.prepare import prepare
 from kha import Config, Transformer, load_checkpoint
+from tests.runs import SHORT, assert_same_run, log_of, stop_at, train_script
 from train import TrainConfig, draw_batch, evaluate, lr_at, main, make_optimizer, parse_config
-
-SHAPE = "--n_layer 1 --n_embd 32 --head_dim 8 --d_ff 32 --n_expert 4 --block_size 32 --micro_batch 4".split()
-SHORT = [*SHAPE, *"--batch_tokens 256 --steps 30 --eval_every 10 --save_every 10 --eval_tokens 512 --prompt a".split()]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Text with something to learn: lines of counting."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("".join(f"{i} and {i + 1} are {2 * i + 1}\n" for i in range(3000)))
-    prepare([str(folder / "text.txt")], str(folder / "tokens"))
-    return folder / "tokens"
-
-
-def log_of(out):
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line], [line for line in lines if "val_loss" in line]
-
-
-def train(*args):
-    return subprocess.run([sys.executable, "train.py", *map(str, args)], capture_output=True, text=True)
 
 
 def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
@@ -62,27 +38,7 @@ def test_resumed_ends_as_if_never_stopped(data, tmp_path):
         stop_at(14, [*args, "--out", str(tmp_path / "halves")])
     assert load_checkpoint(tmp_path / "halves")[1]["step"] == 10
     main([*args, "--out", str(tmp_path / "halves"), "--resume"])
-    whole, halves = (load_checkpoint(tmp_path / name)[0].state_dict() for name in ("whole", "halves"))
-    assert all(torch.equal(whole[name], halves[name]) for name in whole)
-    untimed = lambda lines: [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
-    for one, two in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "halves")):
-        assert untimed(one) == untimed(two)
-
-
-def stop_at(step, args):
-    """Run main and press Ctrl-C in the middle of an update."""
-    import train as module
-
-    original = module.lr_at
-    try:
-        def interrupt(at, settings):
-            if at == step:
-                raise KeyboardInterrupt
-            return original(at, settings)
-        module.lr_at = interrupt
-        main(args)
-    finally:
-        module.lr_at = original
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
 
 
 def test_gradient_accumulation_is_the_large_batch(data, tmp_path):
@@ -163,7 +119,7 @@ def test_bad_input_is_one_line_and_touches_nothing(args, message, data, tmp_path
         main([*SHORT, "--data", str(data), "--out", str(run), "--steps", "1"])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     places = {"DATA": data, "CUT": cut, "RUN": run, "BROKEN": tmp_path / "broken", "NEW": tmp_path / "new"}
-    done = train(*(places.get(word, word) for word in args.split()), *([] if "--out" in args else ["--out", tmp_path / "new"]))
+    done = train_script(*(places.get(word, word) for word in args.split()), *([] if "--out" in args else ["--out", tmp_path / "new"]))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert message in done.stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
