@@ -91,7 +91,7 @@ class TrainConfig:
 
 _explore = dict(lr=7.5e-4, batch_tokens=2**21, steps=47_684, micro_batch=4, eval_tokens=2**20)  # 100B tokens
 RECIPES = {
-    "toy": dict(lr=3e-3, batch_tokens=2048, micro_batch=8, steps=800, eval_every=400, eval_tokens=65536),
+    "toy": dict(lr=3e-3, batch_tokens=2048, micro_batch=8, steps=700, eval_every=350, eval_tokens=65536),
     "small": dict(lr=1e-3, batch_tokens=32768, micro_batch=32, steps=2000),
     "gpt2": dict(lr=6e-4, batch_tokens=2**19, micro_batch=32, steps=19_073),  # 10B tokens
     **{name: _explore for name in CONFIGS if name.startswith(("moe-", "dense-"))},
@@ -355,7 +355,8 @@ class Log:
                 if self.file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
-                raise OSError(f"cannot write {self.file.name} ({error.strerror}): the checkpoints beside it stand") from error
+                reason = f"cannot write {self.file.name} ({error.strerror}): the checkpoints beside it stand"
+                raise OSError(reason) from error
 
 
 def main(argv: list[str]) -> None:

@@ -23,9 +23,10 @@ from tests.runs import (
 )
 from train import Log, main, parse_config
 
-# 16 sequences an update: 8 micro-batches for one process, 2 for each of four.
-SCALE = [*SHAPE, *"--n_layer 2 --batch_tokens 512 --micro_batch 2 --steps 20 --eval_every 10 --save_every 10".split(),
-         *"--eval_tokens 576 --balance_rate 0.01 --prompt a".split()]
+# 16 sequences an update: 8 micro-batches for one process, 2 for each of four. Losses then agree to some 2e-7, unless
+# rounding decides which expert takes a token: with few tokens, a wide model and a low rate that is rare.
+SCALE = [*SHAPE, *"--n_layer 2 --n_embd 64 --block_size 8 --batch_tokens 128 --micro_batch 2 --lr 5e-4 --steps 20".split(),
+         *"--eval_every 10 --save_every 10 --eval_tokens 144 --balance_rate 0.01 --prompt a".split()]
 LONG = [*SHAPE, *"--batch_tokens 256 --steps 100000 --eval_every 1 --save_every 1 --eval_tokens 512 --prompt a".split()]
 WAYS = {"one": (0, "ddp"), "ddp2": (2, "ddp"), "fsdp2": (2, "fsdp"), "ddp4": (4, "ddp")}
 
@@ -365,7 +366,12 @@ def test_a_run_saved_before_its_first_update_goes_on_the_same(poison, data, tmp_
     poison({1, 2})
     main([*args, str(tmp_path / "whole")])
     lr_at = train.lr_at
-    monkeypatch.setattr(train, "lr_at", lambda step, settings: (os.kill(os.getpid(), signal.SIGTERM), lr_at(step, settings))[1])
+
+    def stop(step, settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return lr_at(step, settings)
+
+    monkeypatch.setattr(train, "lr_at", stop)
     main([*args, str(tmp_path / "halves")])
     assert load_checkpoint(tmp_path / "halves")[1]["step"] == 1
     monkeypatch.setattr(train, "lr_at", lr_at)
@@ -420,7 +426,9 @@ def test_counts_go_on_after_a_resume(tmp_path):
     assert counts(Log(str(tmp_path), 63, writes=False))[:3] == (1, 1, 0)
 
 
-@pytest.mark.parametrize("end", [b'{"step": 9, "lo', b'{"step": 9, "loss": 1, "skipped": 0}', b"\0" * 20 + b"\n", b"[9]\n{}\n"])
+@pytest.mark.parametrize(
+    "end", [b'{"step": 9, "lo', b'{"step": 9, "loss": 1, "skipped": 0}', b"\0" * 20 + b"\n", b"[9]\n{}\n"]
+)
 def test_what_was_logged_after_the_checkpoint_is_cut_off(end, tmp_path):
     write_log(tmp_path, [5.0] * 8)
     path = tmp_path / "log.jsonl"
