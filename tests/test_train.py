@@ -1,6 +1,7 @@
 """Training as a user runs it: on small models and data, through the script where the script matters."""
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from kha import Config, Transformer, load_checkpoint
 from tests.runs import SHORT, assert_same_run, log_of, stop_at, train_script
-from train import TrainConfig, draw_batch, evaluate, lr_at, main, make_optimizer, parse_config
+from train import TrainConfig, check_memory, draw_batch, evaluate, lr_at, main, make_optimizer, parse_config
 
 
 def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
@@ -91,6 +92,16 @@ def test_every_option_is_typed_and_the_config_is_the_default():
     assert (config.n_layer, config.n_embd, settings.lr, settings.compile, resume) == (3, 768, 1e-4, False, None)
     assert settings.out == "out/gpt2"
     assert parse_config([])[0].n_expert == 8  # toy
+
+
+def test_a_model_that_cannot_fit_the_gpu_is_refused_with_what_would_help(monkeypatch):
+    gpu = types.SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    check_memory(*parse_config(["moe-0.4b-2.3b", "--micro_batch", "2"])[:2], "cuda", 1)
+    check_memory(*parse_config(["moe-1b-6.1b", "--parallel", "fsdp"])[:2], "cuda", 8)
+    with pytest.raises(ValueError, match=r"needs about 125 GiB a GPU, which has 80; .*--parallel fsdp on 16 GPUs: ") as error:
+        check_memory(*parse_config(["moe-1b-6.1b"])[:2], "cuda", 8)
+    assert "--recompute: 109" in str(error.value) and "--micro_batch" not in str(error.value)  # it is 1 already
 
 
 @pytest.mark.parametrize(
