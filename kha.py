@@ -520,6 +520,11 @@ class GatedProjection(nn.Module):
         y = 2 * up * gate.sigmoid()  # (B, T, H * D)
         return y if self.down is None else (y.unflatten(-1, (-1, len(self.down))) @ self.down.to(x.dtype)).flatten(-2)
 
+    def move_down_into(self, output: nn.Linear) -> None:
+        """W^O_h' = W^down W^O_h for every head h, whose block of the weight (C, H * D) is (W^O_h)^T."""
+        output.weight.copy_((output.weight.unflatten(1, (-1, len(self.down))) @ self.down.mT).flatten(1))
+        self.down = None
+
 
 def fold(model: nn.Module, output: str | None = None) -> nn.Module:
     """Turn a trained model, in place, into one that computes the same without knocks; returns it.
@@ -546,9 +551,7 @@ def fold_ours(model: Transformer) -> Transformer:
         else:
             gated = GatedProjection(projection.weight, knock)
             if part == "v" and isinstance(attn, GQA) and isinstance(knock, KnockMLP):
-                # W^O_h' = W^down W^O_h; the block of head h in wo.weight (C, H * D) is (W^O_h)^T
-                attn.wo.weight.copy_((attn.wo.weight.unflatten(1, (-1, knock.head_dim)) @ gated.down.mT).flatten(1))
-                gated.down = None
+                gated.move_down_into(attn.wo)
             setattr(attn, f"w{part}", gated)
         setattr(attn, f"knock_{part}", NoKnock(knock.head_dim))
     linear = {f"knock_{part}": "none" for part in "qkv" if getattr(model.config, f"knock_{part}") == "linear"}
@@ -649,9 +652,7 @@ def fold_added(model: nn.Module, output: str | None) -> nn.Module:
         if output is not None:
             if not isinstance(after := getattr(parent, output, None), nn.Linear):
                 raise ValueError(f"{name} has no neighbour {output} that is an nn.Linear")
-            heads = after.weight.unflatten(1, (-1, knock.head_dim))  # (n_out, H, D): each head's block is (W^O_h)^T
-            after.weight.copy_((heads @ knock.down.mT).flatten(1))
-            gated.down = None
+            gated.move_down_into(after)
         setattr(parent, child, gated)
     return model
 
