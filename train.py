@@ -20,6 +20,7 @@ import sys
 import time
 import warnings
 from collections import deque
+from collections.abc import Iterable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 
@@ -129,14 +130,17 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     if resume and not saved:
         raise ValueError(f"no checkpoint in {out}: leave --resume out to start a run")
     if saved:
-        checkpoint = read_newest(saved) if resume or may_restart() else {"config": {}, "train": {}}
-        asked_model, asked_train = Config(**{**base_model, **model}), TrainConfig(**{**base_train, **given})
-        base_model, base_train = checkpoint["config"], {**checkpoint["train"], "out": out}
-        same = dataclasses.asdict(asked_train) == base_train and (
-            "import_hf" in given or dataclasses.asdict(asked_model) == base_model
-        )
-        if not resume and not same:
-            raise ValueError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
+        taken = ValueError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
+        if not resume and not may_restart():
+            raise taken
+        checkpoint = read_newest(saved)
+        saved_model, saved_train = checkpoint["config"], {**checkpoint["train"], "out": out}
+        if not resume:
+            same_train = dataclasses.asdict(TrainConfig(**{**base_train, **given})) == saved_train
+            same_model = "import_hf" in given or dataclasses.asdict(Config(**{**base_model, **model})) == saved_model
+            if not (same_train and same_model):
+                raise taken
+        base_model, base_train = saved_model, saved_train
         for field, value in model.items():
             if base_model[field] != value:
                 raise ValueError(f"--{field} {value} differs from the checkpoint's {base_model[field]}: leave it out")
@@ -247,13 +251,18 @@ def lr_at(step: int, train: TrainConfig) -> float:
     return train.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def sequences(tokens: np.ndarray, starts: Iterable[int], length: int) -> torch.Tensor:
+    """The length + 1 ids from each of `starts` on, one a row: (len(starts), length + 1)."""
+    return torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
+
+
 def draw_batch(
     tokens: np.ndarray, batch: int, length: int, seed: int, step: int, rank: int = 0, n_process: int = 1
 ) -> torch.Tensor:
     """This process's share of the sequences of one update: (batch / n_process, length + 1) ids from random places, which
     are a function of seed and step alone."""
     starts = np.random.default_rng([seed, step]).integers(len(tokens) - length, size=batch)[rank::n_process]
-    return torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
+    return sequences(tokens, starts, length)
 
 
 def inputs_and_targets(rows: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,8 +280,7 @@ def evaluate(
 ) -> float:
     """Mean loss in nats per token on the first eval_tokens of held-out data, in sequences side by side."""
     n = max(1, min(train.eval_tokens, len(tokens) - 1) // length)
-    rows = torch.from_numpy(np.stack([tokens[i * length : (i + 1) * length + 1] for i in range(n)]).astype(np.int64))
-    parts = rows.split(train.micro_batch)
+    parts = sequences(tokens, range(0, n * length, length), length).split(train.micro_batch)
     model.eval()
     total = torch.zeros((), device=device)
     for first in range(0, len(parts), n_process):  # in step with the others, for FSDP's sake

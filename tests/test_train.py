@@ -42,6 +42,13 @@ def test_resumed_ends_as_if_never_stopped(data, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
 
 
+def test_resume_takes_the_shape_from_the_checkpoint_and_not_from_the_named_config(data, tmp_path):
+    mla = "--attention mla --n_kv_head 1 --kv_rank 16 --knock_v linear".split()
+    main([*SHORT, *mla, "--data", str(data), "--out", str(tmp_path), "--steps", "1"])
+    config, _, checkpoint = parse_config(["toy", "--resume", "--out", str(tmp_path), "--kv_rank", "16"])
+    assert (config.attention, config.kv_rank, checkpoint["step"]) == ("mla", 16, 1)
+
+
 def test_gradient_accumulation_is_the_large_batch(data, tmp_path):
     losses = []
     for name, micro in (("large", 8), ("small", 2)):
