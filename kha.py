@@ -19,7 +19,9 @@ import os
 import pickle
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -117,7 +119,12 @@ CONFIGS = {
 
 
 class Knock(nn.Module):
-    """One (head_dim, head_dim) matrix for each name in `matrices`, shared by all heads, at the identity."""
+    """One (head_dim, head_dim) matrix for each name in `matrices`, shared by all heads, at the identity.
+
+    A knock is a function of each head, x_i -> `forward`(x_i). What of it is linear may act on a weight instead: on the
+    one that makes the heads (`on_weight`), or for values on W^O (`on_output`). That is the same product, and its cost
+    does not grow with the number of tokens.
+    """
 
     matrices: tuple[str, ...]
 
@@ -134,6 +141,18 @@ class Knock(nn.Module):
         for name, p in self.named_parameters():
             p.zero_() if name == "gate" else nn.init.eye_(p)
 
+    def on_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight (n_head * head_dim, n_in) that makes the heads, knocked."""
+        return weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The heads, knocked: (..., head, head_dim) -> the same."""
+        return x
+
+    def on_output(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight W^O (n_out, n_head * head_dim) that reads the attended values, knocked."""
+        return weight
+
 
 def absorb(weight: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """Eq. 8, W_i' = W_i T for every head i, on the weight (n_head * head_dim, n_in) of an nn.Linear, where the rows of
@@ -142,30 +161,38 @@ def absorb(weight: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 class KnockLinear(Knock):
-    """KHA-Linear, eq. 5-7: x_i T for every head i, done on the weight (n_head * head_dim, n_in) that makes x_i.
-
-    x_i T = (X W_i) T = X (W_i T): the paper absorbs T so at inference (eq. 8); in training it is the same product, and
-    its cost does not grow with the number of tokens.
-    """
+    """KHA-Linear, eq. 5-7: x_i T for every head i, done on the weight: x_i T = (X W_i) T = X (W_i T). The paper absorbs T
+    so at inference (eq. 8); here training does it, too."""
 
     matrices = ("t",)
 
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+    def on_weight(self, weight: torch.Tensor) -> torch.Tensor:
         return absorb(weight, self.t.to(weight.dtype))
 
 
 class KnockMLP(Knock):
-    """KHA-MLP, eq. 9: 2 (x W^up * sigmoid(x W^gate)) W^down for every head: (..., head, head_dim) -> the same."""
+    """KHA-MLP, eq. 9: 2 (x_i W^up * sigmoid(x_i W^gate)) W^down for every head i.
+
+    Where the heads are values and nothing else (`down_on_output`), W^down waits for W^O: attention is linear in values.
+    """
 
     matrices = ("up", "gate", "down")
+    down_on_output = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         up, gate = (x @ torch.cat((self.up, self.gate), dim=1).to(x.dtype)).chunk(2, dim=-1)  # x is read once
-        return 2 * (up * gate.sigmoid()) @ self.down.to(x.dtype)
+        y = 2 * up * gate.sigmoid()
+        return y if self.down_on_output else y @ self.down.to(x.dtype)
+
+    def on_output(self, weight: torch.Tensor) -> torch.Tensor:
+        """W^O_h' = W^down W^O_h for every query head h, whose block of the weight is (W^O_h)^T."""
+        if not self.down_on_output:
+            return weight
+        return (weight.unflatten(1, (-1, self.head_dim)) @ self.down.to(weight.dtype).mT).flatten(1)
 
 
 class KnockGate(Knock):
-    """The gate alone, 2 x * sigmoid(x W^gate): the ablation of Table 2, which harms. (..., head, head_dim) -> the same."""
+    """The gate alone, 2 x_i * sigmoid(x_i W^gate): the ablation of Table 2, which harms."""
 
     matrices = ("gate",)
 
@@ -178,18 +205,13 @@ class NoKnock(Knock):
 
     matrices = ()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
 
 KNOCKS = {"none": NoKnock, "linear": KnockLinear, "mlp": KnockMLP, "gate": KnockGate}
 
 
 def heads(x: torch.Tensor, projection: nn.Linear, knock: Knock) -> torch.Tensor:
     """The heads that a projection makes of x, knocked: (B, T, C) -> (B, T, H, D)."""
-    if isinstance(knock, KnockLinear):
-        return F.linear(x, knock(projection.weight.to(x.dtype))).unflatten(-1, (-1, knock.head_dim))
-    return knock(projection(x).unflatten(-1, (-1, knock.head_dim)))
+    return knock(projection(x, knock.on_weight).unflatten(-1, (-1, knock.head_dim)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,13 +219,14 @@ def heads(x: torch.Tensor, projection: nn.Linear, knock: Knock) -> torch.Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias that computes in its input's dtype: float32 master weights, bfloat16 activations."""
+    """nn.Linear without bias that computes in its input's dtype: float32 master weights, bfloat16 activations. `knocked`
+    is the part of a knock that acts on the weight."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: torch.Tensor, knocked: Callable[[torch.Tensor], torch.Tensor] = lambda w: w) -> torch.Tensor:
+        return F.linear(x, knocked(self.weight.to(x.dtype)))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -227,37 +250,54 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
-    """softmax(q k^T * scale) v for each head (eq. 4), where q (B, T, H, D) are the last T of the S positions of
-    k (B, S, H_kv, D) and v (B, S, H_kv, D_v) and see what is not after them: (B, T, H, D_v). H/H_kv query heads share
-    a key/value head; scale is 1/sqrt(D) if not given."""
-    T, S = q.shape[1], k.shape[1]
-    mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    gqa = q.shape[2] != k.shape[2]
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, scale: float | None = None
+) -> torch.Tensor:
+    """softmax(q k^T * scale) v for each head (eq. 4): q (B, T, H, D), k (B, S, H_kv, D), v (B, S, H_kv, D_v) ->
+    (B, T, H, D_v). H/H_kv query heads share a key/value head. A query sees what `mask` (T, S) allows; without it T = S,
+    and it sees what is not after it. scale is 1/sqrt(D) if not given."""
+    group = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, scale=scale, enable_gqa=gqa)
-    return y.transpose(1, 2)  # (B, T, H, D)
+    if mask is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
+        return y.transpose(1, 2)  # (B, T, H, D)
+    # Few queries and a long past: here the plain products are faster. A group's query heads are as more queries.
+    q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, H_kv, H/H_kv * T, D)
+    scores = upcast(q @ k.mT) * (scale or q.shape[-1] ** -0.5)
+    y = scores.masked_fill(~mask.repeat(group, 1), -math.inf).softmax(-1).to(v.dtype) @ v
+    return y.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2)  # (B, T, H, D)
 
 
 class Cache:
-    """What one layer must remember of the past: tensors (B, T, ...), kept in buffers for `length` positions."""
+    """What one layer must remember of the past: tensors (B, length, ...), of which `used` positions are filled."""
 
     def __init__(self, length: int):
         self.length, self.used, self.buffers = length, 0, []
 
-    def append(self, *new: torch.Tensor) -> list[torch.Tensor]:
-        """Store new (B, T_new, ...) behind what is there and return all of it, each (B, T_all, ...).
-
-        Raises ValueError if it does not fit.
-        """
-        start, self.used = self.used, self.used + new[0].shape[1]
+    def reserve(self, n: int) -> None:
+        """Count n more positions as used. Raises ValueError if they do not fit."""
+        self.used += n
         if self.used > self.length:
             raise ValueError(f"the cache holds {self.length} positions, {self.used} were asked for")
+
+    def write(self, positions: torch.Tensor, *new: torch.Tensor) -> list[torch.Tensor]:
+        """Store new (B, T, ...) at positions (T,) and return all there is, each (B, length, ...). Shapes never change and
+        positions are on the device: so a CUDA graph of a step serves every later step."""
         if not self.buffers:
-            self.buffers = [x.new_empty(x.shape[0], self.length, *x.shape[2:]) for x in new]
-        for buffer, x in zip(self.buffers, new):
-            buffer[:, start : self.used] = x
-        return [buffer[:, : self.used] for buffer in self.buffers]
+            self.buffers = [x.new_zeros(x.shape[0], self.length, *x.shape[2:]) for x in new]
+        return [buffer.index_copy_(1, positions, x) for buffer, x in zip(self.buffers, new)]
+
+    def repeat(self, n: int) -> None:
+        """Let each sequence be n sequences that share this past."""
+        self.buffers = [buffer.repeat_interleave(n, dim=0) for buffer in self.buffers]
+
+
+class Step(NamedTuple):
+    """Where the tokens of one forward pass stand, the same for all layers."""
+
+    rope: tuple[torch.Tensor, torch.Tensor]
+    positions: torch.Tensor  # (T,)
+    mask: torch.Tensor | None  # (T, length of the cache), what is not after each; None: there is no past
 
 
 class Attention(nn.Module):
@@ -275,11 +315,12 @@ class Attention(nn.Module):
             KNOCKS[kind](config.head_dim) for kind in (config.knock_q, config.knock_k, config.knock_v)
         )
 
-    def forward(self, x: torch.Tensor, rope: tuple, cache: Cache | None = None) -> torch.Tensor:
-        q, *state = self.project(x, rope)
+    def forward(self, x: torch.Tensor, step: Step, cache: Cache | None = None) -> torch.Tensor:
+        q, *state = self.project(x, step.rope)
         if cache is not None:
-            state = cache.append(*state)
-        return self.wo(self.attend(q, *state).flatten(2))
+            past = cache.write(step.positions, *state)
+            state = state if step.mask is None else past
+        return self.wo(self.attend(q, *state, step.mask).flatten(2), self.knock_v.on_output)
 
 
 class GQA(Attention):
@@ -295,13 +336,16 @@ class GQA(Attention):
         self.wk = Linear(C, config.n_kv_head * D)
         self.wv = Linear(C, config.n_kv_head * D)
         self.q_norm, self.k_norm = (RMSNorm(D, eps=config.norm_eps) for _ in range(2))
+        self.knock_v.down_on_output = True  # if it has a W^down: what it knocks on is values only
 
     def project(self, x: torch.Tensor, rope: tuple) -> tuple[torch.Tensor, ...]:
         q, k, v = heads(x, self.wq, self.knock_q), heads(x, self.wk, self.knock_k), heads(x, self.wv, self.knock_v)
         return rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return causal_attention(q, k, v)
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return causal_attention(q, k, v, mask)
 
 
 class GTA(Attention):
@@ -327,9 +371,11 @@ class GTA(Attention):
         k_rope = self.k_rope_norm(self.wk_rope(x))[:, :, None]  # (B, T, 1, D/2)
         return torch.cat((q, rotate(q_rope, rope)), dim=-1), tied, rotate(k_rope, rope)
 
-    def attend(self, q: torch.Tensor, tied: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, tied: torch.Tensor, k_rope: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         k = self.k_norm(tied[..., : self.head_dim // 2])  # (B, S, H_kv, D/2)
-        return causal_attention(q, torch.cat((k, k_rope.expand_as(k)), dim=-1), tied)
+        return causal_attention(q, torch.cat((k, k_rope.expand_as(k)), dim=-1), tied, mask)
 
 
 class MLA(Attention):
@@ -364,17 +410,20 @@ class MLA(Attention):
         k_rope = self.wk_rope(x)[:, :, None]  # (B, T, 1, D/2)
         return torch.cat((q, rotate(q_rope, rope)), dim=-1), latent, rotate(k_rope, rope)
 
-    def attend(self, q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
-        wk, wv = self.knock_k(self.wk.weight.to(q.dtype)), self.knock_v(self.wv.weight.to(q.dtype))  # (H * D, rank)
+    def attend(
+        self, q: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        wk, wv = (w.weight.to(q.dtype) for w in (self.wk, self.wv))
+        wk, wv = self.knock_k.on_weight(wk), self.knock_v.on_weight(wv)  # (H * D, rank)
         wk, wv = (w.unflatten(0, (self.n_latent, -1, self.head_dim)) for w in (wk, wv))  # (G, H/G, D, rank)
-        if q.shape[1] == latent.shape[1]:  # no past: make keys and values, whose heads are smaller than latents
+        if mask is None:  # no past: make keys and values, whose heads are smaller than latents
             k, v = (torch.einsum("btgr,ghdr->btghd", latent, w).flatten(2, 3) for w in (wk, wv))
             return causal_attention(q, torch.cat((k, k_rope.expand(-1, -1, k.shape[2], -1)), dim=-1), v)
         scale = q.shape[-1] ** -0.5
         q, q_rope = q.split((self.head_dim, self.head_dim // 2), dim=-1)
         q = torch.einsum("btghd,ghdr->btghr", q.unflatten(2, (self.n_latent, -1)), wk).flatten(2, 3)  # (B, T, H, rank)
         k = torch.cat((latent, k_rope.expand(-1, -1, self.n_latent, -1)), dim=-1)
-        y = causal_attention(torch.cat((q, q_rope), dim=-1), k, latent, scale)  # (B, T, H, rank)
+        y = causal_attention(torch.cat((q, q_rope), dim=-1), k, latent, mask, scale)  # (B, T, H, rank)
         return torch.einsum("btghr,ghdr->btghd", y.unflatten(2, (self.n_latent, -1)), wv).flatten(2, 3)
 
 
@@ -396,9 +445,55 @@ class Block(nn.Module):
         else:
             self.ffn = SwiGLU(config.n_embd, config.d_ff)
 
-    def forward(self, x: torch.Tensor, rope: tuple, cache: Cache | None = None) -> torch.Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, cache)
+    def forward(self, x: torch.Tensor, step: Step, cache: Cache | None = None) -> torch.Tensor:
+        x = x + self.attn(self.attn_norm(x), step, cache)
         return x + self.ffn(self.ffn_norm(x))
+
+
+class CrossEntropy(nn.Module):
+    """Summed cross-entropy of targets (N,) by logits x W^T, x (N, C), W (V, C); its gradient by x; and `dw`, float32, plus
+    that by W. Without dw no gradients, but None."""
+
+    def forward(
+        self, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dw: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        logits = upcast(F.linear(x, weight))  # (N, V)
+        total = logits.logsumexp(-1, keepdim=True)
+        loss = (total - logits.gather(-1, targets[:, None])).sum()
+        if dw is None:
+            return loss, None, None
+        hit = torch.arange(len(weight), device=x.device) == targets[:, None]
+        d_logits = ((logits - total).exp() - hit.to(logits.dtype)).to(x.dtype)
+        return loss, d_logits @ weight, dw + d_logits.mT @ x
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of targets (N,) by logits x W^T, some tokens at a time: (N, V) logits never exist whole, nor are
+    they made twice, for each chunk's gradients are taken along with its loss.
+
+    The same as F.linear_cross_entropy of newer versions of torch.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, cross_entropy, gradients):
+        n_chunk = 1
+        while len(x) * len(weight) > n_chunk * 2**29:  # logits: 1 GiB in bfloat16
+            n_chunk *= 2
+        loss, dx, dw = 0, [], upcast(torch.zeros_like(weight)) if gradients else None
+        low = weight.to(x.dtype)
+        for x_chunk, targets_chunk in zip(x.chunk(n_chunk), targets.chunk(n_chunk)):
+            part, dx_part, dw = cross_entropy(x_chunk, low, targets_chunk, dw)
+            loss = loss + part
+            dx.append(dx_part)
+        if gradients:
+            ctx.save_for_backward(torch.cat(dx), dw)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        scale = grad / len(dx)
+        return (dx * scale).to(dx.dtype), dw * scale, None, None, None
 
 
 class LMHead(nn.Module):
@@ -407,10 +502,14 @@ class LMHead(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.cross_entropy = CrossEntropy()
 
     def forward(self, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        logits = F.linear(self.norm(x), weight.to(x.dtype))  # (B, T, V)
-        return logits if targets is None else F.cross_entropy(upcast(logits).flatten(0, 1), targets.flatten())
+        x = self.norm(x)
+        if targets is None:
+            return F.linear(x, weight.to(x.dtype))  # (B, T, V)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        return ChunkedCrossEntropy.apply(x, weight, targets, self.cross_entropy, torch.is_grad_enabled())
 
 
 @torch.no_grad()
@@ -453,24 +552,33 @@ class Transformer(nn.Module):
         init_weights(self, config.n_layer)
 
     def forward(
-        self, tokens: torch.Tensor, targets: torch.Tensor | None = None, cache: list[Cache] | None = None
+        self, tokens: torch.Tensor, targets: torch.Tensor | None = None, cache: list[Cache] | None = None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits (B, T, vocab_size) of the token after each of tokens (B, T); or with targets (B, T) the mean
         cross-entropy in nats, a scalar.
 
-        With a cache (`new_cache`), tokens continue what it holds. Raises ValueError past block_size.
+        With a cache (`new_cache`), tokens continue what it holds; `positions` (T,) says where that is, for a CUDA graph,
+        in which Python does not count. Raises ValueError past block_size or the cache's end.
         """
         start = cache[0].used if cache else 0
         end = start + tokens.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than the model's context of {self.config.block_size} (block_size)")
-        rope = rope_tables(torch.arange(start, end, device=tokens.device), self.config.rope_dim, self.config.rope_base)
+        if positions is None:
+            positions = torch.arange(start, end, device=tokens.device)
+        mask = None
+        if start:  # (T, length)
+            mask = torch.arange(cache[0].length, device=tokens.device) <= positions[:, None]
+        step = Step(rope_tables(positions, self.config.rope_dim, self.config.rope_base), positions, mask)
         x = self.embed(tokens).to(dtype=self.compute_dtype)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training:
-                x = recompute(block, x, rope, use_reentrant=False)
-            else:
-                x = block(x, rope, cache[i] if cache else None)
+                x = recompute(block, x, step, use_reentrant=False)
+                continue
+            if cache:
+                cache[i].reserve(tokens.shape[1])
+            x = block(x, step, cache[i] if cache else None)
         return self.head(x, self.embed.weight, targets)
 
     def new_cache(self, length: int) -> list[Cache]:
@@ -507,23 +615,19 @@ class Transformer(nn.Module):
 
 class GatedProjection(nn.Module):
     """What an MLP or gate knock leaves of a projection x W: 2 (x A * sigmoid(x B)) with A = W W^up (or W), B = W W^gate,
-    side by side in one weight; then, where nothing after it could take it in, W^down on every head."""
+    side by side in one weight; then, if it does not act on W^O, W^down on every head."""
 
     def __init__(self, weight: torch.Tensor, knock: Knock):
         super().__init__()
         up = absorb(weight, knock.up) if isinstance(knock, KnockMLP) else weight
         self.weight = nn.Parameter(torch.cat((up, absorb(weight, knock.gate))))  # (2 * H * D, C)
-        self.down = nn.Parameter(knock.down.clone()) if isinstance(knock, KnockMLP) else None
+        down = isinstance(knock, KnockMLP) and not knock.down_on_output
+        self.down = nn.Parameter(knock.down.clone()) if down else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *_) -> torch.Tensor:
         up, gate = F.linear(x, self.weight.to(x.dtype)).chunk(2, dim=-1)
         y = 2 * up * gate.sigmoid()  # (B, T, H * D)
         return y if self.down is None else (y.unflatten(-1, (-1, len(self.down))) @ self.down.to(x.dtype)).flatten(-2)
-
-    def move_down_into(self, output: nn.Linear) -> None:
-        """W^O_h' = W^down W^O_h for every head h, whose block of the weight (C, H * D) is (W^O_h)^T."""
-        output.weight.copy_((output.weight.unflatten(1, (-1, len(self.down))) @ self.down.mT).flatten(1))
-        self.down = None
 
 
 def fold(model: nn.Module, output: str | None = None) -> nn.Module:
@@ -547,12 +651,10 @@ def fold_ours(model: Transformer) -> Transformer:
         attn, part = model.get_submodule(place.rpartition(".")[0]), place[-1]
         projection = getattr(attn, f"w{part}")
         if isinstance(knock, KnockLinear):
-            projection.weight.copy_(absorb(projection.weight, knock.t))
+            projection.weight.copy_(knock.on_weight(projection.weight))
         else:
-            gated = GatedProjection(projection.weight, knock)
-            if part == "v" and isinstance(attn, GQA) and isinstance(knock, KnockMLP):
-                gated.move_down_into(attn.wo)
-            setattr(attn, f"w{part}", gated)
+            setattr(attn, f"w{part}", GatedProjection(projection.weight, knock))
+            attn.wo.weight.copy_(knock.on_output(attn.wo.weight))
         setattr(attn, f"knock_{part}", NoKnock(knock.head_dim))
     linear = {f"knock_{part}": "none" for part in "qkv" if getattr(model.config, f"knock_{part}") == "linear"}
     model.config = dataclasses.replace(model.config, **linear)
@@ -568,7 +670,7 @@ class AddedLinear(KnockLinear):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         before, heads, after = weight.tensor_split(self.rows)
-        return torch.cat((before, super().forward(heads.reshape(len(heads), -1)).view_as(heads), after))
+        return torch.cat((before, self.on_weight(heads.reshape(len(heads), -1)).view_as(heads), after))
 
 
 class AddedMLP(KnockMLP):
@@ -648,12 +750,13 @@ def fold_added(model: nn.Module, output: str | None) -> nn.Module:
         if projection.bias is not None or knock.rows != (0, projection.out_features):
             raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias, or outputs that do not knock")
         parent, _, child = name.rpartition(".")
-        parent, gated = model.get_submodule(parent), GatedProjection(projection.weight, knock)
+        parent = model.get_submodule(parent)
         if output is not None:
             if not isinstance(after := getattr(parent, output, None), nn.Linear):
                 raise ValueError(f"{name} has no neighbour {output} that is an nn.Linear")
-            gated.move_down_into(after)
-        setattr(parent, child, gated)
+            knock.down_on_output = True
+            after.weight.copy_(knock.on_output(after.weight))
+        setattr(parent, child, GatedProjection(projection.weight, knock))
     return model
 
 

@@ -81,22 +81,29 @@ class MoE(nn.Module):
         shape = x.shape
         x = x.reshape(-1, shape[-1])  # (N, C)
         chosen, weights = self.route(x)
+        if not self.training and chosen.numel() < self.n_expert:  # few tokens: read the weights of their experts only
+            h = x[:, None, None] @ self.experts_up[chosen].to(x.dtype)  # (N, K, 1, 2F)
+            h = (swiglu(h) * weights[..., None, None]).to(x.dtype)
+            return (h @ self.experts_down[chosen].to(x.dtype)).sum(1).view(shape)
 
         # Slot n*K + j is choice j of token n. Sorted by expert, each expert's slots are neighbours: one grouped
         # matmul runs them all, with no capacity and so no dropped token.
-        expert, order = chosen.flatten().sort(stable=True)  # (N*K,)
-        inverse = order.argsort()
-        ends = torch.searchsorted(expert, torch.arange(self.n_expert, device=x.device), right=True)  # (E,)
+        expert, order = chosen.flatten().to(torch.int16).sort(stable=True)  # (N*K,); short keys sort faster
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+        experts = torch.arange(self.n_expert, dtype=expert.dtype, device=x.device)
+        ends = torch.searchsorted(expert, experts, right=True)  # (E,)
         if self.training:
-            self.load += ends.diff(prepend=ends.new_zeros(1))
+            self.load.add_(ends.diff(prepend=ends.new_zeros(1)))
 
         slots = x[:, None].expand(-1, self.top_k, -1).reshape(-1, shape[-1])  # (N*K, C)
         h = Permute.apply(slots, order, inverse)
         ends = ends.to(torch.int32)
         h = swiglu(F.grouped_mm(h, self.experts_up.to(x.dtype), offs=ends))  # (N*K, F)
+        # Weighed here, and not at the end, since here is less to weigh, and the backward pass need not know what comes.
+        h = (h * Permute.apply(weights.flatten(), order, inverse)[:, None]).to(x.dtype)
         h = F.grouped_mm(h, self.experts_down.to(x.dtype), offs=ends)  # (N*K, C)
         h = Permute.apply(h, inverse, order).view(-1, self.top_k, shape[-1])  # (N, K, C)
-        return (h * weights[..., None]).sum(1).to(x.dtype).view(shape)
+        return h.sum(1).view(shape)
 
     @torch.no_grad()
     def balance(self, rate: float, rule: str) -> None:

@@ -7,7 +7,9 @@ new token per sample and finds the past in a key/value cache. Text appears as it
 import argparse
 import codecs
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import tiktoken
 import torch
@@ -36,12 +38,33 @@ def sample_logits(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    values, tokens = (logits.float() / temperature).sort(dim=-1, descending=True)  # (B, V), likeliest first
-    if top_k:
-        values, tokens = values[:, :top_k], tokens[:, :top_k]
+    values = logits.float() / temperature
+    if top_k or top_p < 1:
+        values, tokens = values.sort(dim=-1, descending=True)  # (B, V), likeliest first
+        values = values[:, : top_k or None]
     probs = values.softmax(-1)
-    probs[probs.cumsum(-1) - probs >= top_p] = 0  # before it there is enough already
-    return tokens.gather(-1, torch.multinomial(probs, 1, generator=generator)).squeeze(-1)
+    if top_p < 1:
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # before it there is enough already
+    # The first of exponential clocks with these rates to ring: torch.multinomial would wait for the device.
+    drawn = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1, keepdim=True)  # (B, 1)
+    return (tokens.gather(-1, drawn) if top_k or top_p < 1 else drawn).squeeze(-1)
+
+
+def capture(step: Callable[[], Any], generator: torch.Generator | None = None) -> Callable[[], Any]:
+    """`step` as a CUDA graph, replayed by each call: the same kernels on the same memory, launched all at once. The result
+    is the same tensors each time. `step` must have run before; capturing does not run it. It may draw from `generator`.
+    """
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 @torch.inference_mode()
@@ -71,18 +94,43 @@ def generate(
         )
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
+    draw = partial(sample_logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
     cache = model.new_cache(length)
-    tokens = torch.tensor([prompt] * n_samples, device=device)  # (B, T)
-    ended = torch.zeros(n_samples, dtype=torch.bool, device=device)
-    for _ in range(max_new_tokens):
-        logits = model(tokens, cache=cache)[:, -1, :n_vocab]  # (B, V)
-        new = sample_logits(logits, temperature, top_k, top_p, generator)
-        if eot is not None:
-            ended |= new == eot
-        yield [None if end else token for token, end in zip(new.tolist(), ended.tolist())]
-        if ended.all():
+    with torch.compiler.set_stance("force_eager"):  # each length of a prompt would compile anew
+        logits = model(torch.tensor([prompt], device=device), cache=cache)[:, -1, :n_vocab]  # (1, V)
+    for past in cache:
+        past.repeat(n_samples)
+    tokens = draw(logits.repeat(n_samples, 1))  # (B,)
+    position = torch.tensor([len(prompt)], device=device)
+
+    def step() -> None:
+        logits = model(tokens[:, None], cache=cache, positions=position)[:, -1, :n_vocab]  # (B, V)
+        tokens.copy_(draw(logits))
+        position.add_(1)
+
+    ended = [False] * n_samples
+    on_gpu = device.type == "cuda"
+    for i in range(max_new_tokens):
+        new = tokens.to("cpu", non_blocking=True, copy=True)
+        if on_gpu:
+            arrived = torch.cuda.current_stream().record_event()
+        if i == 1 and on_gpu:
+            step = capture(step, generator)
+        if i + 1 < max_new_tokens:  # the device goes on while this token is read
+            step()
+        if on_gpu:
+            arrived.synchronize()
+        new = new.tolist()
+        ended = [end or token == eot for token, end in zip(new, ended)]
+        yield [None if end else token for token, end in zip(new, ended)]
+        if all(ended):
             return
-        tokens = new[:, None]
+
+
+def compile_steps(model: Transformer) -> None:
+    """Compile the model for `generate`'s steps of one token."""
+    for part in (*model.blocks, model.head):
+        part.compile(dynamic=False)
 
 
 def write_samples(model: Transformer, tokenizer: tiktoken.Encoding, prompt: str, n_samples: int = 1, **options) -> None:
@@ -122,10 +170,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of probability p")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--compile", action="store_true", help="half a minute first, then faster: for long texts on CUDA")
     parser.add_argument("--export_hf", metavar="FOLDER", help="write a model for transformers there, instead of text")
     options = vars(parse_args(parser, argv))
 
     device, folder = pick_device(options.pop("device")), options.pop("export_hf")
+    compiled = options.pop("compile")
     model, checkpoint = load_checkpoint(options.pop("checkpoint"), device)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     if folder:
@@ -136,6 +186,8 @@ def main(argv: list[str]) -> None:
     if device.startswith("cuda"):
         for p in model.parameters():  # not the balancing bias: a step of it is finer than bfloat16
             p.data = p.data.bfloat16()
+    if compiled:
+        compile_steps(model)
     if options["prompt"] == "-":
         options["prompt"] = sys.stdin.read()
     write_samples(model, tokenizer, **options)

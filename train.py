@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 
@@ -45,7 +45,7 @@ from kha import (
     read_checkpoint, save_checkpoint,
 )
 from moe import BALANCE_RULES
-from sample import pick_device, write_samples
+from sample import capture, pick_device, write_samples
 
 DEFAULT_DATA = "data/stdlib"
 SPIKE = 6  # deviations above the median of the last 100 losses that make a loss a spike
@@ -195,8 +195,7 @@ def build_model(config: Config, train: TrainConfig, device: str, n_process: int)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     shard = n_process > 1 and train.parallel == "fsdp"
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    # The router multiplies in full float32, on purpose.
-    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+    torch.set_float32_matmul_precision("high")  # the routers: of bfloat16 inputs TF32 loses nothing
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # its successor is not in older versions of torch
     torch.manual_seed(train.seed)
     with torch.device("meta"):
@@ -204,7 +203,8 @@ def build_model(config: Config, train: TrainConfig, device: str, n_process: int)
     for part in (model.embed, *model.blocks, model.head):
         init_weights(part.to_empty(device=device), config.n_layer)
         if train.compile and device.startswith("cuda") and part is not model.embed:
-            part.compile()  # one compiled block serves all: a minute less than the whole model
+            # One compiled block serves all: a minute less than the whole model.
+            (part.cross_entropy if part is model.head else part).compile()
         if shard and part not in (model.embed, model.head):
             fully_shard(part, mp_policy=policy)
     if shard:
@@ -265,13 +265,38 @@ def draw_batch(
     return sequences(tokens, starts, length)
 
 
-def inputs_and_targets(rows: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (B, T + 1) on the device as tokens (B, T) and the token after each, (B, T)."""
-    if device.startswith("cuda"):
-        rows = rows.pin_memory().to(device, non_blocking=True)
-    else:
-        rows = rows.to(device)
-    return rows[:, :-1], rows[:, 1:]
+def mean_loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """Mean loss, in nats, of predicting each token of rows (B, T + 1) but the first from those before it."""
+    return model(rows[:, :-1], rows[:, 1:])
+
+
+def on_device(rows: torch.Tensor, device: str) -> torch.Tensor:
+    """Rows on the device, without waiting for the copy."""
+    return (rows.pin_memory() if device.startswith("cuda") else rows).to(device, non_blocking=True)
+
+
+def backward(model: nn.Module, rows: torch.Tensor, n_micro: int) -> torch.Tensor:
+    """Add a micro-batch's share of the gradients; returns its share of the loss, a scalar."""
+    loss = mean_loss(model, rows) / n_micro
+    loss.backward()
+    return loss.detach()
+
+
+def graphed_backward(model: nn.Module, rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`backward` of an update of one micro-batch as a CUDA graph, for rows of this shape. Small models have too many
+    small kernels for a CPU to launch one by one. The model must have run before, and have no gradients now."""
+    rows = rows.clone()
+    replay = capture(lambda: backward(model, rows, 1))
+    gradients = [(p, p.grad) for p in model.parameters()]  # where the graph writes them
+
+    def run(new: torch.Tensor) -> torch.Tensor:
+        rows.copy_(new)
+        loss = replay()
+        for p, gradient in gradients:
+            p.grad = gradient
+        return loss
+
+    return run
 
 
 @torch.no_grad()
@@ -285,8 +310,7 @@ def evaluate(
     total = torch.zeros((), device=device)
     for first in range(0, len(parts), n_process):  # in step with the others, for FSDP's sake
         i = min(first + rank, len(parts) - 1)
-        loss = model(*inputs_and_targets(parts[i], device))
-        total += loss * len(parts[i]) * (i == first + rank)
+        total += mean_loss(model, on_device(parts[i], device)) * len(parts[i]) * (i == first + rank)
     model.train()
     return sum_over_processes(total).item() / n
 
@@ -433,39 +457,51 @@ def main(argv: list[str]) -> None:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
+    def draw(step: int) -> torch.Tensor:
+        return draw_batch(splits["train"], train.batch_tokens // T, T, train.seed, step, rank, n_process)
+
+    graph = None  # of updates that are one micro-batch on one GPU
+    can_graph = device.startswith("cuda") and n_process == 1 and train.batch_tokens == unit
     stopping = last = False
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     model.train()
     bar = tqdm(total=train.steps, initial=start, unit="step", dynamic_ncols=True, disable=None if rank == 0 else True)
+    rows = draw(start) if start < train.steps else None
     for step in range(start, train.steps):
         clock = time.perf_counter()
         lr = lr_at(step, train)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        rows = draw_batch(splits["train"], train.batch_tokens // T, T, train.seed, step, rank, n_process)
         micros = rows.split(train.micro_batch)
         state = torch.zeros(2, device=device)  # loss, and whether a signal came
         for i, micro in enumerate(micros):
+            micro = on_device(micro, device)
+            if can_graph and step == start + 1:
+                graph = graphed_backward(model, micro)
             with synchronising(parallel, i == len(micros) - 1):
-                loss = parallel(*inputs_and_targets(micro, device)) / len(micros)
-                loss.backward()
-            state[0] += loss.detach() / n_process
+                state[0] += (graph(micro) if graph else backward(parallel, micro, len(micros))) / n_process
         state[1] = len(stop)
+        sum_over_processes(state)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
         if isinstance(grad_norm, dist.tensor.DTensor):
             grad_norm = grad_norm.full_tensor()
-        (loss, stopping), grad_norm = sum_over_processes(state).tolist(), grad_norm.item()
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
-            optimizer.step()
+        # Whether to leave the update out is decided on the device: the CPU need not wait for it to go on.
+        finite = state[0].isfinite() & grad_norm.isfinite()
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        record = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        numbers = [*state, grad_norm, finite]
         if moes := model.moes():
             loads = sum_over_processes(torch.stack([moe.load for moe in moes]))  # (layers, experts)
-            record["worst_load"] = (loads.amax(-1) / loads.mean(-1)).max().item()
+            numbers.append((loads.amax(-1) / loads.mean(-1)).max())
             for moe, load in zip(moes, loads):
                 moe.load.copy_(load)
                 moe.balance(train.balance_rate * finite, train.balance)
+        if step + 1 < train.steps:
+            rows = draw(step + 1)
+        loss, stopping, grad_norm, finite, *worst_load = torch.stack(numbers).tolist()  # waits for the device
+        record = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        record |= {"worst_load": ratio for ratio in worst_load}
         log.count(loss, finite)
         record["tokens_per_s"] = train.batch_tokens / (time.perf_counter() - clock)
         if peak:

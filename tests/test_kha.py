@@ -174,9 +174,9 @@ def test_cache_sizes_of_table_3(shape, elements):
 
 def test_cache_says_when_it_is_full():
     cache = Cache(4)
-    cache.append(torch.zeros(1, 3, 2, 8))
+    cache.reserve(3)
     with pytest.raises(ValueError, match="holds 4 positions, 5"):
-        cache.append(torch.zeros(1, 2, 2, 8))
+        cache.reserve(2)
 
 
 def test_bfloat16_activations_on_float32_weights():

@@ -318,8 +318,8 @@ def poison(monkeypatch):
             now["step"] = step + 1
             return lr_at(step, settings)
 
-        def poisoned(model, tokens, targets=None, cache=None):
-            loss = forward(model, tokens, targets, cache)
+        def poisoned(model, tokens, targets=None, **past):
+            loss = forward(model, tokens, targets, **past)
             if model.training and targets is not None:
                 if now["step"] not in weights:
                     weights[now["step"]] = {name: x.clone() for name, x in model.state_dict().items() if "load" not in name}
