@@ -811,15 +811,15 @@ def memory_per_gpu(
         layer = 3 * c.n_embd + c.q_rank + 2 * c.kv_rank + int(6.5 * q)
     else:
         layer = 3 * c.n_embd + 3 * q + 3 * kv
-    layer += sum(4 * heads for kind, heads in ((c.knock_q, q), (c.knock_k, kv), (c.knock_v, kv)) if kind in ("mlp", "gate"))
-    layer += c.top_k * (2 * c.n_embd + 3 * c.d_ff) if c.n_expert else 2 * c.d_ff
+    layer += sum(3 * heads for kind, heads in ((c.knock_q, q), (c.knock_k, kv), (c.knock_v, kv)) if kind in ("mlp", "gate"))
+    layer += c.top_k * (c.n_embd + 3 * c.d_ff) if c.n_expert else 2 * c.d_ff
     parts = {
         "weights": 4 * n / n_shard,
         "adam": 8 * n / n_shard,
         "gradients": 4 * n / n_shard,
         "casts": 2 * (n if n_shard == 1 else c.vocab_size * c.n_embd + 2 * n_block),
         "activations": 2 * tokens * (c.n_layer * c.n_embd + layer if recompute else c.n_layer * layer),
-        "logits": 2 * 2 * tokens * c.vocab_size,
+        "logits": 2 * 2 * min(tokens * c.vocab_size, 2**29) + 2 * 4 * c.vocab_size * c.n_embd,
     }
     if not accumulates:
         parts["gradients"] = max(0, parts["gradients"] - parts["activations"] - parts["logits"])
