@@ -450,6 +450,9 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 
+LOGITS_AT_ONCE = 2**29  # 1 GiB in bfloat16
+
+
 class CrossEntropy(nn.Module):
     """Summed cross-entropy of targets (N,) by logits x W^T, x (N, C), W (V, C); its gradient by x; and `dw`, float32, plus
     that by W. Without dw no gradients, but None."""
@@ -477,7 +480,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, cross_entropy, gradients):
         n_chunk = 1
-        while len(x) * len(weight) > n_chunk * 2**29:  # logits: 1 GiB in bfloat16
+        while len(x) * len(weight) > n_chunk * LOGITS_AT_ONCE:
             n_chunk *= 2
         loss, dx, dw = 0, [], upcast(torch.zeros_like(weight)) if gradients else None
         low = weight.to(x.dtype)
@@ -797,7 +800,8 @@ def memory_per_gpu(
     float32 weights, gradients and both moments of Adam are spread over n_shard GPUs (FSDP; 1 without it). The rest is
     for micro_batch sequences of block_size tokens in bfloat16: the casts of the weights, which the backward pass keeps
     (FSDP has the embedding and two blocks whole at a time), each layer's activations (with recompute all layers' inputs
-    and one layer's activations), and logits with their gradient. If an update is one micro-batch (accumulates=False),
+    and one layer's activations), and a chunk of logits, its gradient and that of the embedding, before it joins the
+    others and after. If an update is one micro-batch (accumulates=False),
     gradients come only as activations go.
     """
     c = config
@@ -819,7 +823,7 @@ def memory_per_gpu(
         "gradients": 4 * n / n_shard,
         "casts": 2 * (n if n_shard == 1 else c.vocab_size * c.n_embd + 2 * n_block),
         "activations": 2 * tokens * (c.n_layer * c.n_embd + layer if recompute else c.n_layer * layer),
-        "logits": 2 * 2 * min(tokens * c.vocab_size, 2**29) + 2 * 4 * c.vocab_size * c.n_embd,
+        "logits": 2 * 2 * min(tokens * c.vocab_size, LOGITS_AT_ONCE) + 2 * 4 * c.vocab_size * c.n_embd,
     }
     if not accumulates:
         parts["gradients"] = max(0, parts["gradients"] - parts["activations"] - parts["logits"])
