@@ -1,4 +1,5 @@
-"""Speed and memory on one GPU, ours and peers in one go: python tests/bench.py [group or row ...] prints a table a group.
+"""Speed and memory, ours and peers in one go: python tests/bench.py [group or row ...] prints a table a group. All groups but
+"cpu" are for one GPU.
 
 Each row is measured in a process of its own. Training: whole updates, forward, backward, clipping and optimizer, after some
 to warm up; the median of three rounds, and their spread. Tokens are random, so a mixture's experts are as evenly loaded as
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -34,7 +36,7 @@ PROMPT, NEW = 128, 128  # tokens of a decoding row
 
 class Row(NamedTuple):
     """What to measure: "train" or "decode", "ours" or a peer's; for training sequences in a micro-batch and micro-batches
-    in an update, for decoding sequences side by side; and the row that it is compared with."""
+    in an update, for decoding sequences side by side; the row that it is compared with, and the device."""
 
     task: str
     whose: str
@@ -43,10 +45,11 @@ class Row(NamedTuple):
     batch: int = 32
     n_micro: int = 1
     peer: str = ""
+    device: str = "cuda"
 
 
 VOCAB = dict(vocab_size=50304)
-NANO, HF, HF32 = "nanoGPT, compiled", "transformers, bfloat16", "transformers, float32 weights"
+NANO, CHAR, HF, HF32 = "nanoGPT, compiled", "nanoGPT, 4 layers of width 192", "transformers, bfloat16", "transformers, float32 weights"
 
 
 def knock_rows(name: str, config: str, batch: int, n_micro: int, peer: str, **changes) -> dict[str, Row]:
@@ -87,6 +90,10 @@ GROUPS: dict[str, dict[str, Row]] = {
     "sequence": {f"moe, {32768 // t} x {t}": moe(32768 // t, 2, block_size=t) for t in (1024, 4096, 8192, 32768)},
     "batch": {f"moe, {b} x 4096": moe(b, 8 // b * 2) for b in (1, 2, 4)},
     "experts": {f"small, 4 of {e} experts": Row("train", "ours", "small", dict(n_expert=e)) for e in (8, 32, 128)},
+    # On a CPU nanoGPT advises not to compile. Its character-level model in the size of ours: 1.78M parameters.
+    "cpu": {CHAR: Row("train", CHAR, "toy", {}, 8, device="cpu"),
+            "toy, no knock": Row("train", "ours", "toy", dict(knock_v="none"), 8, 1, CHAR, "cpu"),
+            "toy, mlp on v": Row("train", "ours", "toy", {}, 8, 1, CHAR, "cpu")},
     "6.1b": {"moe-1b-6.1b, 1 x 4096": Row("train", "ours", "moe-1b-6.1b", dict(block_size=4096), 1, 8)},
 }
 ROWS = {name: row for rows in GROUPS.values() for name, row in rows.items()}
@@ -116,16 +123,19 @@ def hf_model(config: Config, dtype: torch.dtype) -> nn.Module:
 def training(row: Row, config: Config, train: TrainConfig) -> tuple[nn.Module, torch.optim.Optimizer, Callable]:
     """Model, optimizer and the function that adds a micro-batch's gradients, ours or a peer's."""
     if row.whose == "ours":
-        model, _ = build_model(config, train, "cuda", 1)
+        model, _ = build_model(config, train, row.device, 1)
         return model, make_optimizer(model, train), lambda rows: backward(model, rows, row.n_micro)
-    if row.whose == NANO:
+    if row.whose in (NANO, CHAR):
         sys.path.insert(0, NANOGPT)
         import model as nanogpt
 
         torch.set_float32_matmul_precision("high")
-        model = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=config.vocab_size, block_size=config.block_size, bias=False)).cuda()
-        optimizer = model.configure_optimizers(train.weight_decay, train.lr, (train.beta1, train.beta2), "cuda")
-        compiled = torch.compile(model)
+        shape = dict(vocab_size=65, n_layer=4, n_head=4, n_embd=192) if row.whose == CHAR else VOCAB
+        with redirect_stdout(sys.stderr):
+            model = nanogpt.GPT(nanogpt.GPTConfig(block_size=config.block_size, bias=False, **shape)).to(row.device)
+            settings = train.weight_decay, train.lr, (train.beta1, train.beta2), row.device
+            optimizer = model.configure_optimizers(*settings)
+        compiled = torch.compile(model) if row.whose == NANO else model
         loss = lambda rows: compiled(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())[1]
     else:
         model = hf_model(config, torch.bfloat16 if row.whose == HF else torch.float32).train()
@@ -133,7 +143,7 @@ def training(row: Row, config: Config, train: TrainConfig) -> tuple[nn.Module, t
         loss = lambda rows: model(input_ids=rows[:, :-1], labels=rows[:, :-1], use_cache=False).loss
 
     def add_gradients(rows: torch.Tensor) -> None:
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=row.whose != HF):
+        with torch.autocast(row.device, dtype=torch.bfloat16, enabled=row.whose in (NANO, HF32)):
             value = loss(rows)
         (value / row.n_micro).backward()
 
@@ -145,7 +155,8 @@ def measure_training(row: Row) -> dict[str, float]:
     train = TrainConfig(recompute=changes.pop("recompute", False))
     config = Config(**{**CONFIGS[row.config], **changes})
     model, optimizer, add_gradients = training(row, config, train)
-    tokens = torch.randint(config.vocab_size, (row.batch, config.block_size + 1), device="cuda")
+    vocab_size = 65 if row.device == "cpu" else config.vocab_size
+    tokens = torch.randint(vocab_size, (row.batch, config.block_size + 1), device=row.device)
 
     def update() -> None:
         for _ in range(row.n_micro):
@@ -158,16 +169,14 @@ def measure_training(row: Row) -> dict[str, float]:
         norm.item()
 
     def seconds(updates: int) -> float:
-        torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(updates):
-            update()
-        torch.cuda.synchronize()
+            update()  # waits for the device: the next one starts from nothing, as in training
         return (time.perf_counter() - start) / updates
 
     first = seconds(1)
     memory = torch.cuda.max_memory_allocated() / 2**30
-    if row.whose == "ours" and row.n_micro == 1:
+    if row.whose == "ours" and row.n_micro == 1 and row.device == "cuda":
         add_gradients = graphed_backward(model, tokens)
     once = seconds(3)
     speeds = [row.batch * config.block_size * row.n_micro / seconds(max(3, int(2 / once))) for _ in range(3)]
@@ -234,7 +243,7 @@ def measure_matmul() -> float:
 
 def missing(row: Row) -> str | None:
     """Why a peer cannot be measured here."""
-    if row.whose == NANO and not os.path.exists(os.path.join(NANOGPT, "model.py")):
+    if row.whose in (NANO, CHAR) and not os.path.exists(os.path.join(NANOGPT, "model.py")):
         return f"no clone of nanoGPT at {NANOGPT}"
     if row.whose.startswith("transformers") and importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
@@ -243,6 +252,8 @@ def missing(row: Row) -> str | None:
 
 def table_line(name: str, row: Row, r: dict[str, float], rate: float, speeds: dict[str, float]) -> str:
     ratio = f"{r['speed'] / speeds[row.peer]:.2f} x" if row.peer in speeds else ""
+    if row.device == "cpu":
+        return f"| {name} | {r['speed'] / 1e3:.2f} ({r['least'] / 1e3:.2f}-{r['most'] / 1e3:.2f}) | {ratio} |"
     gpu = torch.cuda.get_device_name()
     if row.task == "train":
         peak = next(flops for key, flops in PEAK_FLOPS.items() if key in gpu)
@@ -258,20 +269,24 @@ def main(argv: list[str]) -> None:
         row = ROWS[argv[1]]
         print(json.dumps(measure_training(row) if row.task == "train" else measure_decoding(row)))
         return
-    if not torch.cuda.is_available():
-        sys.exit("bench.py: error: this measures a CUDA GPU, and there is none")
     groups = {name: rows for name, rows in GROUPS.items() if name in argv or not argv and name != "6.1b"}
     if unknown := set(argv) - set(GROUPS) - set(ROWS):
         sys.exit(f"bench.py: error: no group or row {', '.join(sorted(unknown))}: groups are {', '.join(GROUPS)}")
     if rows := {name: ROWS[name] for name in argv if name in ROWS}:
         groups["rows"] = rows
-    rate = measure_matmul()
-    torch.cuda.empty_cache()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrix products at {rate / 1e12:.0f} TFLOP/s")
+    rate = 0.0
+    if any(row.device == "cuda" for rows in groups.values() for row in rows.values()):
+        if not torch.cuda.is_available():
+            sys.exit("bench.py: error: this measures a CUDA GPU, and there is none: only the group cpu can run here")
+        rate = measure_matmul()
+        torch.cuda.empty_cache()
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrix products at {rate / 1e12:.0f} TFLOP/s")
     for group, rows in groups.items():
         head = "row | ktokens/s (3 rounds) | MFU | of the matmul rate | memory, GiB | first update, s | against peer"
         if any(row.task == "decode" for row in rows.values()):
             head = "row | tokens/s | step, ms | bandwidth bound, ms | bound / step | against peer"
+        if any(row.device == "cpu" for row in rows.values()):
+            head = "row | ktokens/s (3 rounds) | against peer"
         print(f"\n{group}\n| {head} |\n|{' --- |' * len(head.split('|'))}")
         speeds = {}
         for name, row in rows.items():
