@@ -129,9 +129,9 @@ def generate(
 
 def compile_steps(model: Transformer) -> None:
     """Compile the model for `generate`'s steps of one token: a matrix times one vector is then a kernel tuned for
-    bandwidth."""
+    bandwidth, and independent small kernels become one."""
     for part in (*model.blocks, model.head):
-        part.compile(dynamic=False, options={"coordinate_descent_tuning": True})
+        part.compile(dynamic=False, options={"coordinate_descent_tuning": True, "combo_kernels": True})
 
 
 def write_samples(model: Transformer, tokenizer: tiktoken.Encoding, prompt: str, n_samples: int = 1, **options) -> None:

@@ -504,6 +504,8 @@ def main(argv: list[str]) -> None:
         record |= {"worst_load": ratio for ratio in worst_load}
         log.count(loss, finite)
         record["tokens_per_s"] = train.batch_tokens / (time.perf_counter() - clock)
+        if gpu:
+            record["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30  # the peak so far, of this process
         if peak:
             record["mfu"] = record["tokens_per_s"] * flops / (peak * n_process)
         log.write(**record, spikes=log.spikes, skipped=log.skipped)
