@@ -210,6 +210,7 @@ def build_model(config: Config, train: TrainConfig, device: str, n_process: int)
     if shard:
         return model, fully_shard(model, mp_policy=policy)
     if n_process > 1:
+        torch._dynamo.config.optimize_ddp = False  # it would split blocks further, to no use, and compile them anew
         ids = [torch.device(device)] if device.startswith("cuda") else None
         return model, DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     return model, model
