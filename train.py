@@ -225,7 +225,8 @@ def synchronising(model: nn.Module, yes: bool):
 def check_memory(config: Config, train: TrainConfig, device: str, n_process: int) -> None:
     """Raises ValueError, naming what would help, if training cannot fit the GPU."""
     has, n_shard = torch.cuda.get_device_properties(device).total_memory, n_process if train.parallel == "fsdp" else 1
-    accumulates = train.batch_tokens > train.micro_batch * config.block_size * n_process
+    # Else gradients come as activations go, but not in DDP's buckets, which are there from the start.
+    accumulates = train.batch_tokens > train.micro_batch * config.block_size * n_process or n_shard < n_process
     needs = lambda micro, shard, anew: memory_per_gpu(config, micro, shard, anew, accumulates)["total"]
     if (now := needs(train.micro_batch, n_shard, train.recompute)) <= has:
         return
@@ -490,7 +491,7 @@ def main(argv: list[str]) -> None:
         finite = state[0].isfinite() & grad_norm.isfinite()
         optimizer.found_inf = (~finite).float()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=parallel is model)  # DDP's stay in its buckets, or accumulation makes a second set
         numbers = [*state, grad_norm, finite]
         if moes := model.moes():
             loads = sum_over_processes(torch.stack([moe.load for moe in moes]))  # (layers, experts)
