@@ -625,9 +625,18 @@ class Transformer(nn.Module):
 # 6 forward and 11 backward. Here a tile of heads stays on the chip, and they are 2 and 3.
 
 
+@torch.compiler.assume_constant_result
+def memory_on_chip(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+
+
 def can_fuse(x: torch.Tensor) -> bool:
-    """Whether `fused_gate` takes heads x (..., D): bfloat16 on CUDA, D a power of two that leaves a tile on the chip."""
-    return triton is not None and x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] in (16, 32, 64, 128)
+    """Whether `fused_gate` takes heads x (..., D): bfloat16 on CUDA, and a D whose tiles the chip can hold. With 128 an
+    A100 or H100 can, most others cannot."""
+    if triton is None or not x.is_cuda or x.dtype != torch.bfloat16 or x.shape[-1] not in (16, 32, 64, 128):
+        return False
+    return memory_on_chip(x.device) >= (160 if x.shape[-1] == 128 else 64) * 1024
 
 
 if triton:
