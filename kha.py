@@ -5,8 +5,8 @@ one small head_dim x head_dim projection, shared by all heads, is applied to eve
 right after W^Q, W^K, W^V. It starts as the identity, so step 0 is exactly the model without it; it works on what
 scaled_dot_product_attention is given, so every fast attention kernel still applies.
 
-Read from top to bottom: Config, the knocks (eq. 5-9), attention, Block, Transformer, its initialisation (section
-3.3), its cost (eq. 10-12), checkpoints. The model around the method is a Qwen3-style decoder: RMSNorm before each
+Read from top to bottom: Config, the knocks (eq. 5-9), attention, Block, the initialisation (section 3.3), Transformer;
+then a kernel for KHA-MLP, folding, knocks for other models, the cost (eq. 10-12), checkpoints. The model around the method is a Qwen3-style decoder: RMSNorm before each
 part, no biases, grouped-query attention with QK-norm and RoPE, SwiGLU or a mixture of experts (moe.py), tied
 embeddings.
 """
