@@ -6,9 +6,9 @@ right after W^Q, W^K, W^V. It starts as the identity, so step 0 is exactly the m
 scaled_dot_product_attention is given, so every fast attention kernel still applies.
 
 Read from top to bottom: Config, the knocks (eq. 5-9), attention, Block, the initialisation (section 3.3), Transformer;
-then a kernel for KHA-MLP, folding, knocks for other models, the cost (eq. 10-12), checkpoints. The model around the method is a Qwen3-style decoder: RMSNorm before each
-part, no biases, grouped-query attention with QK-norm and RoPE, SwiGLU or a mixture of experts (moe.py), tied
-embeddings.
+then a kernel for KHA-MLP, folding, knocks for other models, the cost (eq. 10-12), checkpoints. The model around the
+method is a Qwen3-style decoder: RMSNorm before each part, no biases, grouped-query attention with QK-norm and RoPE,
+SwiGLU or a mixture of experts (moe.py), tied embeddings.
 """
 
 import dataclasses
