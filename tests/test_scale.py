@@ -19,7 +19,7 @@ import sample
 import train
 from kha import Transformer, list_checkpoints, load_checkpoint, save_checkpoint
 from tests.runs import (
-    SHAPE, SHORT, assert_same_run, lines_of, log_of, start_script, stop_at, train_script, untimed, weights_of,
+    SHAPE, SHORT, assert_same_run, lines_of, log_of, start_script, stop_at, train_script, weights_of,
 )
 from train import Log, main, parse_config
 
