@@ -64,7 +64,7 @@ def log_of(out):
 
 def untimed(out):
     """The log but for what differs from run to run."""
-    return [{key: value for key, value in line.items() if key not in ("tokens_per_s", "mfu")} for line in lines_of(out)]
+    return [{key: value for key, value in line.items() if key not in ("tokens_per_s", "mfu", "memory_gib")} for line in lines_of(out)]
 
 
 def weights_of(out):
