@@ -13,7 +13,6 @@ from typing import Any
 
 import tiktoken
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from data.hf import export_hf
 from data.prepare import load_tokenizer, parse_args, run_script
@@ -111,12 +110,12 @@ def generate(
 
     ended = [False] * n_samples
     on_gpu = device.type == "cuda"
-    can_graph = on_gpu and not isinstance(model, FSDPModule)  # that gathers weights on streams of its own
+    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())  # FSDP gathers weights on streams of its own
     for i in range(max_new_tokens):
         new = tokens.to("cpu", non_blocking=True, copy=True)
         if on_gpu:
             arrived = torch.cuda.current_stream().record_event()
-        if i == 1 and can_graph:
+        if i == 1 and on_gpu and not sharded:
             step = capture(step, generator)
         if i + 1 < max_new_tokens:  # the device goes on while this token is read
             step()

@@ -491,7 +491,8 @@ def main(argv: list[str]) -> None:
         finite = state[0].isfinite() & grad_norm.isfinite()
         optimizer.found_inf = (~finite).float()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=parallel is model)  # DDP's stay in its buckets, or accumulation makes a second set
+        # DDP's gradients stay in its buckets, or accumulation makes a second set.
+        optimizer.zero_grad(set_to_none=not isinstance(parallel, DistributedDataParallel))
         numbers = [*state, grad_norm, finite]
         if moes := model.moes():
             loads = sum_over_processes(torch.stack([moe.load for moe in moes]))  # (layers, experts)

@@ -64,7 +64,8 @@ def log_of(out):
 
 def untimed(out):
     """The log but for what differs from run to run."""
-    return [{key: value for key, value in line.items() if key not in ("tokens_per_s", "mfu", "memory_gib")} for line in lines_of(out)]
+    timed = ("tokens_per_s", "mfu", "memory_gib")
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines_of(out)]
 
 
 def weights_of(out):
