@@ -9,7 +9,7 @@ import torch
 
 from data.prepare import load_tokenizer
 from kha import Config, Transformer, save_checkpoint
-from sample import generate, pick_device, sample_logits, write_samples
+from sample import compile_steps, generate, pick_device, sample_logits, write_samples
 from tests.reference import scramble
 
 TINY = dict(vocab_size=320, block_size=64, n_layer=2, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=32)
@@ -36,6 +36,17 @@ def test_with_the_cache_as_without(model, prompt):
     for _ in range(30):
         plain.append(model(torch.tensor([plain]))[0, -1].argmax().item())
     assert cached == plain[len(prompt) :]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("n_samples", [1, 32])
+@pytest.mark.parametrize("experts", [dict(), dict(n_expert=128, top_k=4)], ids=["dense", "mixture"])
+def test_compiled_steps_draw_what_eager_ones_do(experts, n_samples):
+    model = scramble(Transformer(Config(**TINY, **experts))).to("cuda", torch.bfloat16).eval()
+    step = lambda: [tokens[1] for tokens in new_tokens(model, [5, 6, 7], n_samples, max_new_tokens=4, temperature=1.0)]
+    eager = step()
+    compile_steps(model)
+    assert sum(a != b for a, b in zip(step(), eager)) <= n_samples // 10  # but for what bfloat16 rounds otherwise
 
 
 def test_drawn_with_the_cache_as_without(model):
@@ -134,6 +145,7 @@ def test_the_script(model, tmp_path):
         (("--checkpoint", path, "--prompt", "x" * 60, "--max_new_tokens", 5), "more than the model's context of 64"),
         (("--checkpoint", path, "--device", "tpu"), "device 'tpu' is not available"),
         (("--checkpoint", path, "--seed", "x"), "invalid int value"),
+        (("--checkpoint", path, "--device", "cpu", "--compile"), "--compile is for CUDA"),
     ]:
         code, out, err = sample(*args)
         assert (code, out, err.count("\n")) == (2, "", 1) and message in err
