@@ -68,7 +68,7 @@ class Config:
         may_be_zero = ("n_expert", "top_k", "kv_rank", "q_rank")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, float) and (value < 0 or value == 0 and field.name not in may_be_zero):
+            if field.type in (int, float) and not (0 < value < math.inf or value == 0 and field.name in may_be_zero):
                 raise ValueError(f"{field.name} must be positive, not {value}")
             choices = KNOCKS if field.name.startswith("knock_") else ATTENTIONS if field.name == "attention" else None
             if choices and value not in choices:
@@ -627,10 +627,10 @@ class Transformer(nn.Module):
 
 def can_fuse(x: torch.Tensor) -> bool:
     """Whether `fused_gate` takes heads x (..., D): bfloat16 on CUDA, and a D whose tiles the chip can hold. With 128 an
-    A100 or H100 can, most others cannot."""
+    H100 can, an A100 cannot."""
     if triton is None or not x.is_cuda or x.dtype != torch.bfloat16 or x.shape[-1] not in (16, 32, 64, 128):
         return False
-    return memory_on_chip(x.device) >= (160 if x.shape[-1] == 128 else 64) * 1024
+    return memory_on_chip(x.device) >= (192 if x.shape[-1] == 128 else 96) * 1024
 
 
 if triton:
@@ -731,18 +731,19 @@ class GatedProjection(nn.Module):
         return y if self.down is None else (y.unflatten(-1, (-1, len(self.down))) @ self.down.to(x.dtype)).flatten(-2)
 
 
-def fold(model: nn.Module, output: str | None = None) -> nn.Module:
+def fold(model: nn.Module, value: str | None = None, output: str | None = None) -> nn.Module:
     """Turn a trained model, in place, into one that computes the same without knocks; returns it.
 
     Linear knocks vanish into W^Q, W^K, W^V (eq. 8). Of an MLP knock the non-linearity remains, in a `GatedProjection`;
     its W^down vanishes into W^O where the knocked state is nothing but a value, for attention is linear in values.
     What is folded can sample, not train on; only a model whose knocks were all linear can still be saved.
 
-    A model that is not ours must say where W^O is: `output` names that nn.Linear by its place beside the projection with
-    the knock, such as "o_proj", if all its MLP knocks are on values; without it W^down stays with the projection. Raises
-    ValueError if it is not there, and for an MLP knock on a projection with bias or on a part of its outputs.
+    A model that is not ours must say which projections make nothing but values and where their W^O is, by the names that
+    these nn.Linear have side by side, such as "v_proj" and "o_proj"; else W^down stays with the projection. Raises
+    ValueError if W^O is not there or is parametrized, and for an MLP knock on a projection with bias or on a part of its
+    outputs.
     """
-    return fold_ours(model) if isinstance(model, Transformer) else fold_added(model, output)
+    return fold_ours(model) if isinstance(model, Transformer) else fold_added(model, value, output)
 
 
 @torch.no_grad()
@@ -815,7 +816,7 @@ def add_knocks(
         if not isinstance(projection, nn.Linear):
             raise ValueError(f"{name} is a {type(projection).__name__}, not an nn.Linear")
         start, stop, step = rows.indices(projection.out_features)
-        if step != 1 or start >= stop or (stop - start) % head_dim:
+        if step != 1 or start >= stop or head_dim < 1 or (stop - start) % head_dim:
             raise ValueError(f"outputs {start}:{stop} of {name} do not divide into heads of head_dim {head_dim}")
         there = [module.rows for module in projection.modules() if isinstance(module, Knock)]
         if any(a < stop and start < b for a, b in there) or kind == "mlp" and hasattr(projection, "knock"):
@@ -834,7 +835,7 @@ def add_knocks(
 
 
 @torch.no_grad()
-def fold_added(model: nn.Module, output: str | None) -> nn.Module:
+def fold_added(model: nn.Module, value: str | None, output: str | None) -> nn.Module:
     """`fold` of a model with knocks by `add_knocks`."""
     for name, projection in list(model.named_modules()):
         if parametrize.is_parametrized(projection) and any(isinstance(m, AddedLinear) for m in projection.modules()):
@@ -852,9 +853,10 @@ def fold_added(model: nn.Module, output: str | None) -> nn.Module:
             raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias, or outputs that do not knock")
         parent, _, child = name.rpartition(".")
         parent = model.get_submodule(parent)
-        if output is not None:
-            if not isinstance(after := getattr(parent, output, None), nn.Linear):
-                raise ValueError(f"{name} has no neighbour {output} that is an nn.Linear")
+        if child == value:
+            after = getattr(parent, output or "", None)
+            if not isinstance(after, nn.Linear) or parametrize.is_parametrized(after):
+                raise ValueError(f"{name} has no neighbour {output} that is a plain nn.Linear")
             knock.down_on_output = True
             after.weight.copy_(knock.on_output(after.weight))
         setattr(parent, child, GatedProjection(projection.weight, knock))
@@ -957,7 +959,7 @@ def save_checkpoint(folder: str, checkpoint: dict) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         if os.path.exists(temporary):
             os.remove(temporary)
-        reason = str(error).split("\n")[0]
+        reason = error if isinstance(error, OSError) else f"as on a full disk: {str(error).splitlines()[0]}"
         raise OSError(f"cannot save to {folder} ({reason}): the earlier checkpoints there stand") from error
     os.replace(temporary, os.path.join(folder, name))
     if os.name == "posix":  # bring the new name to the disk before an old file goes
@@ -986,9 +988,11 @@ def read_checkpoint(path: str) -> dict:
                 raise ValueError(f"{path} is damaged: {damaged} in it fails its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         Config(**checkpoint["config"])
+        if missing := {"model", "step", "tokenizer"} - set(checkpoint):
+            raise LookupError(f"it lacks {', '.join(sorted(missing))}")
         return checkpoint
     except (
-        OSError, RuntimeError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError
+        OSError, RuntimeError, EOFError, LookupError, TypeError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError
     ) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
@@ -1009,6 +1013,6 @@ def load_checkpoint(path: str, device: str = "cpu") -> tuple[Transformer, dict]:
         model = Transformer(Config(**checkpoint["config"]))
     try:
         model.to_empty(device=device).load_state_dict(checkpoint["model"])
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, LookupError, TypeError) as error:
         raise ValueError(f"{path} does not hold the weights of its config") from error
     return model.eval(), checkpoint

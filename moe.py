@@ -54,7 +54,7 @@ class MoE(nn.Module):
     """Mixture of n_expert SwiGLU experts of width d_ff, top_k of them per token: (..., n_embd) -> (..., n_embd).
 
     Buffers: `bias` (n_expert,), added to the scores for the choice only; `load` (n_expert,), the tokens each expert
-    was given in training mode since the last `balance`.
+    was given in training mode since the last `balance` (twice, if the backward pass computes anew).
     """
 
     def __init__(self, n_embd: int, d_ff: int, n_expert: int, top_k: int):

@@ -24,8 +24,10 @@ def pick_device(name: str) -> str:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(device for device, available in there.items() if available)
-    if not there.get(name.split(":")[0], False):
-        raise ValueError(f"device {name!r} is not available here: choose from {', '.join(d for d in there if there[d])}")
+    if not there.get(name, False):
+        choices = ", ".join(device for device, available in there.items() if available)
+        hint = " (CUDA_VISIBLE_DEVICES says which GPU)" if there["cuda"] else ""
+        raise ValueError(f"device {name!r} is not available here: choose from {choices}{hint}")
     return name
 
 
@@ -48,6 +50,17 @@ def sample_logits(
     # The first of exponential clocks with these rates to ring: torch.multinomial would wait for the device.
     drawn = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1, keepdim=True)  # (B, 1)
     return (tokens.gather(-1, drawn) if top_k or top_p < 1 else drawn).squeeze(-1)
+
+
+def can_capture(model: Transformer) -> bool:
+    """Whether a CUDA graph can take what the model does. It cannot where FSDP gathers weights on streams of its own, nor
+    where F.grouped_mm asks the CPU how many rows each expert has: it does except for bfloat16 on Hopper and its successor.
+    """
+    weight = model.embed.weight
+    if not weight.is_cuda or hasattr(weight, "full_tensor"):
+        return False
+    native = torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
+    return not model.moes() or native and (model.compute_dtype or weight.dtype) == torch.bfloat16
 
 
 def capture(step: Callable[[], Any], generator: torch.Generator | None = None) -> Callable[[], Any]:
@@ -110,14 +123,13 @@ def generate(
 
     ended = [False] * n_samples
     on_gpu = device.type == "cuda"
-    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())  # FSDP gathers weights on streams of its own
     for i in range(max_new_tokens):
-        new = tokens.to("cpu", non_blocking=True, copy=True)
+        new = tokens.to("cpu", non_blocking=on_gpu, copy=True)
         if on_gpu:
             arrived = torch.cuda.current_stream().record_event()
-        if i == 1 and on_gpu and not sharded:
-            step = capture(step, generator)
         if i + 1 < max_new_tokens:  # the device goes on while this token is read
+            if i == 1 and can_capture(model):
+                step = capture(step, generator)
             step()
         if on_gpu:
             arrived.synchronize()
@@ -137,6 +149,14 @@ def compile_steps(model: Transformer) -> None:
         part.compile(dynamic=False, options=options)
 
 
+def token_bytes(tokenizer: tiktoken.Encoding, token: int) -> bytes:
+    """The bytes that a token stands for. Some tokenizers have gaps: an id that is no token is U+FFFD."""
+    try:
+        return tokenizer.decode_single_token_bytes(token)
+    except KeyError:
+        return "\ufffd".encode()
+
+
 def write_samples(model: Transformer, tokenizer: tiktoken.Encoding, prompt: str, n_samples: int = 1, **options) -> None:
     """Print the prompt (an empty one: the start of a document) and its continuations by `generate`.
 
@@ -151,7 +171,7 @@ def write_samples(model: Transformer, tokenizer: tiktoken.Encoding, prompt: str,
         if n_samples == 1 and step == 0:
             print(prompt, end="", flush=True)
         for i, token in enumerate(new):
-            text = "" if token is None else decoders[i].decode(tokenizer.decode_single_token_bytes(token))
+            text = "" if token is None else decoders[i].decode(token_bytes(tokenizer, token))
             texts[i] += text
             if n_samples == 1:
                 print(text, end="", flush=True)
@@ -183,7 +203,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--compile is for CUDA: leave it out on {device}")
     model, checkpoint = load_checkpoint(options.pop("checkpoint"), device)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    if folder:
+    if folder is not None:
         export_hf(model, folder, tokenizer.eot_token)
         print(f"wrote {folder}")
         return

@@ -2,7 +2,7 @@
 
 `config` names one of kha.CONFIGS; every field of kha.Config and of TrainConfig below is an option, --help lists them.
 With no argument: `toy`, on the Python standard library's source, in about two minutes on two CPU cores. Under torchrun
-the same script trains on many GPUs: torchrun --nproc_per_node 8 train.py small [--parallel fsdp].
+the same script trains on many GPUs: torchrun --nproc_per_node 8 train.py gpt2 [--parallel fsdp].
 
 What is random is a function of seed and step alone: the weights' start, and the sequences of each batch. So there is no
 random state to save, the number of processes changes nothing but rounding, and a run that is resumed is the same run.
@@ -11,9 +11,11 @@ random state to save, the number of processes changes nothing but rounding, and 
 import argparse
 import dataclasses
 import errno
+import inspect
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import sys
@@ -23,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -45,7 +48,7 @@ from kha import (
     read_checkpoint, save_checkpoint,
 )
 from moe import BALANCE_RULES
-from sample import capture, pick_device, write_samples
+from sample import can_capture, capture, pick_device, write_samples
 
 DEFAULT_DATA = "data/stdlib"
 SPIKE = 6  # deviations above the median of the last 100 losses that make a loss a spike
@@ -57,7 +60,7 @@ class TrainConfig:
     """How to train. Raises ValueError, in one line, for settings that cannot be."""
 
     data: str = DEFAULT_DATA  # folder made by data/prepare.py
-    out: str = ""  # folder for checkpoint and log; empty: out/<config>
+    out: str = ""  # folder for checkpoints and log, out/CONFIG if not given
     seed: int = 1
     steps: int = 1000
     batch_tokens: int = 32768  # tokens per optimizer step
@@ -83,8 +86,10 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             may_be_zero = field.name in ("seed", "weight_decay", "balance_rate")
-            if field.type in (int, float) and not (value > 0 or may_be_zero and value == 0):
+            if field.type in (int, float) and not (0 < value < math.inf or value == 0 and may_be_zero):
                 raise ValueError(f"{field.name} must be {'0 or more' if may_be_zero else 'positive'}, not {value}")
+        if max(self.beta1, self.beta2) >= 1:
+            raise ValueError(f"beta1 and beta2 must be under 1, not {self.beta1} and {self.beta2}")
         for name, choices in (("balance", BALANCE_RULES), ("parallel", ("ddp", "fsdp"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
@@ -100,7 +105,7 @@ RECIPES = {
 }
 
 # Peak dense bfloat16 FLOP/s by the vendor's datasheet, the denominator of MFU; on other devices there is no MFU.
-PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}
+PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "NVIDIA A100": 312e12}
 
 
 def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
@@ -115,14 +120,18 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     parser.add_argument("config", nargs="?", default="toy", choices=CONFIGS, help="default: toy")
     parser.add_argument("--resume", action="store_true", default=False, help="go on from the newest checkpoint in --out")
     for cls in (Config, TrainConfig):
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
         for field in dataclasses.fields(cls):
             how = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-            parser.add_argument(f"--{field.name}", help=f"default: {field.default!r}, or the config's own", **how)
+            text = f"{comments.get(field.name, '')} (default: {field.default!r}, or the config's own)".replace("%", "%%")
+            parser.add_argument(f"--{field.name}", help=text, **how)
     given = vars(parse_args(parser, argv))
     name, resume = given.pop("config"), given.pop("resume")
     model = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}
     base_model, base_train, checkpoint = CONFIGS[name], {"out": f"out/{name}", **RECIPES[name]}, None
     out = given.get("out", base_train["out"])
+    if not out:
+        raise ValueError("--out is empty: name a folder")
     saved = list_checkpoints(out)
     if "import_hf" in given and not saved:
         imported = import_hf(given["import_hf"], **model)
@@ -134,7 +143,11 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
         if not resume and not may_restart():
             raise taken
         checkpoint = read_newest(saved)
-        saved_model, saved_train = checkpoint["config"], {**checkpoint["train"], "out": out}
+        try:
+            saved_train = dataclasses.asdict(TrainConfig(**{**checkpoint["train"], "out": out}))
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"{saved[0]} is not of this version of train.py ({error}): it can sample, not go on") from error
+        saved_model = checkpoint["config"]
         if not resume:
             same_train = dataclasses.asdict(TrainConfig(**{**base_train, **given})) == saved_train
             same_model = "import_hf" in given or dataclasses.asdict(Config(**{**base_model, **model})) == saved_model
@@ -175,10 +188,13 @@ def join_processes(device: str) -> tuple[int, int, str]:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
+    patience = timedelta(hours=2)  # others wait while one process reads all data, or writes a checkpoint
     store, rank, n_process = next(dist.rendezvous("env://"))
+    store.set_timeout(patience)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's, where it leaves what dead processes wrote
         store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", store=store, rank=rank, world_size=n_process)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=n_process, timeout=patience)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -195,7 +211,7 @@ def build_model(config: Config, train: TrainConfig, device: str, n_process: int)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     shard = n_process > 1 and train.parallel == "fsdp"
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    torch.set_float32_matmul_precision("high")  # the routers: TF32 holds bfloat16 inputs exactly, weights to 11 bits
+    torch.set_float32_matmul_precision("high")  # the routers: TF32 holds bfloat16 inputs exactly, weights to 11 bits (FSDP: 8)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # its successor is not in older versions of torch
     torch.manual_seed(train.seed)
     with torch.device("meta"):
@@ -273,8 +289,8 @@ def mean_loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
 
 
 def on_device(rows: torch.Tensor, device: str) -> torch.Tensor:
-    """Rows on the device, without waiting for the copy."""
-    return (rows.pin_memory() if device.startswith("cuda") else rows).to(device, non_blocking=True)
+    """Rows on the device; a CUDA GPU copies them while the CPU goes on."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else rows.to(device)
 
 
 def backward(model: nn.Module, rows: torch.Tensor, n_micro: int) -> torch.Tensor:
@@ -346,14 +362,13 @@ class Log:
                 for line in file:
                     try:
                         record = json.loads(line)
-                        later = record["step"] > last_step
+                        if record["step"] > last_step or not line.endswith(b"\n"):
+                            break
+                        if "loss" in record:
+                            self.count(float(record["loss"]), record["skipped"] == self.skipped)
+                        reached, kept = record["step"], kept + len(line)
                     except (ValueError, TypeError, KeyError):
                         break  # half a line: the run was killed in the middle of it
-                    if later or not line.endswith(b"\n"):
-                        break
-                    if "loss" in record:
-                        self.count(record["loss"], record["skipped"] == self.skipped)
-                    reached, kept = record["step"], kept + len(line)
             if reached < last_step and os.path.getsize(path):
                 raise ValueError(f"{path} is damaged after step {reached}, the run goes on after step {last_step}: mend that"
                                  f" line, or move the file away to go on without the log until then")
@@ -404,11 +419,16 @@ def main(argv: list[str]) -> None:
     T = config.block_size
     unit = T * train.micro_batch * n_process
     if train.batch_tokens % unit:
+        each, rest = divmod(train.batch_tokens, T * n_process)  # sequences of a process
+        fits = next((n for n in range(train.micro_batch, 0, -1) if each % n == 0), 0) if not rest else 0
         raise ValueError(
             f"batch_tokens must be a multiple of micro_batch * block_size * processes = {train.micro_batch} * {T}"
-            f" * {n_process} = {unit}, not {train.batch_tokens}"
+            f" * {n_process} = {unit}, not {train.batch_tokens}: add --batch_tokens {-(-train.batch_tokens // unit) * unit}"
+            + f" or --micro_batch {fits}" * (fits > 0)
         )
     start = checkpoint["step"] if checkpoint else 0
+    if start > train.steps:
+        raise ValueError(f"the run in {train.out} has done {start} steps: give more than --steps {train.steps}")
     if sum_over_processes(torch.tensor(start, device=device)) != start * n_process:  # they wait here for the data, too
         raise ValueError(f"the processes found different checkpoints in {train.out}: name a folder that all machines share")
     meta, splits = load_meta(train.data), {split: open_tokens(train.data, split) for split in ("train", "val")}
@@ -437,7 +457,10 @@ def main(argv: list[str]) -> None:
         options = sharded.StateDictOptions(full_state_dict=True)
         sharded.set_model_state_dict(model, checkpoint["model"], options=options)
         if "optimizer" in checkpoint:
+            settings = [(group["betas"], group["weight_decay"]) for group in optimizer.param_groups]
             sharded.set_optimizer_state_dict(model, optimizer, checkpoint["optimizer"], options=options)
+            for group, (betas, weight_decay) in zip(optimizer.param_groups, settings):  # not the checkpoint's
+                group.update(betas=betas, weight_decay=weight_decay)
         checkpoint = None  # the file is mapped into memory, and would stay on the disk after its removal
 
     log = Log(train.out, start, writes=rank == 0)
@@ -463,7 +486,7 @@ def main(argv: list[str]) -> None:
         return draw_batch(splits["train"], train.batch_tokens // T, T, train.seed, step, rank, n_process)
 
     graph = None  # of updates that are one micro-batch on one GPU
-    can_graph = device.startswith("cuda") and n_process == 1 and train.batch_tokens == unit
+    can_graph = n_process == 1 and train.batch_tokens == unit and can_capture(model)
     stopping = last = False
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     model.train()
@@ -515,10 +538,13 @@ def main(argv: list[str]) -> None:
         bar.update()
         bar.set_postfix_str(" ".join(f"{key} {record[key]:.3g}" for key in ("loss", "tokens_per_s", "mfu") if key in record))
         if log.skipped_in_a_row == MAX_SKIPPED:
-            raise ValueError(
-                f"{MAX_SKIPPED} updates in a row, the last step {step + 1}, had a loss or gradient that is not finite: go on"
-                f" with --resume and a lower --lr from what is saved in {train.out}, after deleting the newest"
+            way = (
+                f"go on with --resume and a lower --lr from what is saved in {train.out}, after deleting the newest"
                 f" checkpoint if it fails again"
+            )
+            raise ValueError(
+                f"{MAX_SKIPPED} updates in a row, the last step {step + 1}, had a loss or gradient that is not finite: "
+                + (way if list_checkpoints(train.out) else "start anew with a lower --lr")
             )
 
         done = step + 1

@@ -12,8 +12,8 @@ set). Without INPUT, the source of the Python standard library on this machine i
 
 The output folder holds train.bin and val.bin (flat token ids, each document ended by the end-of-text token)
 and meta.json. Whole documents are held out for validation, chosen by a hash of their name, so a document
-keeps its side whatever else is added. If the whole input is a single plain-text file, its last part is held
-out instead. Text is tokenised in pieces of about 1 MB, cut at line ends, so memory stays bounded.
+keeps its side whatever else is added. Where this would leave all plain-text files on one side, as it does with
+one or few, the last part of each is held out instead. Text is tokenised in pieces of about 1 MB, cut at line ends, so memory stays bounded.
 """
 
 import argparse
@@ -64,6 +64,10 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     """Run `main(argv)` and exit: bad input (ValueError, OSError) is one line on stderr and exit code 2."""
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        sys.exit(141)
     except (ValueError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
         message = f"{error.filename}: {error.strerror}" if named else str(error)
@@ -137,6 +141,9 @@ def load_meta(folder: str) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_bytes())
         sizes = {split: meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize for split in SPLITS}
+        needed = [(meta, ("tokenizer", "vocab_size")), *((meta[split], ("bytes", "sha256")) for split in SPLITS)]
+        if not all(key in part for part, keys in needed for key in keys):
+            raise KeyError
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {again}") from error
     for split, size in sizes.items():
@@ -191,7 +198,7 @@ class Source(NamedTuple):
 
 def file_source(name: str, key: str, path: Path, found: bool) -> Source:
     """The Source of a file, whose kind its ending decides."""
-    return Source(name, key, path, read_jsonl(name, path) if path.name.endswith(JSONL) else None, found)
+    return Source(name, key, path, read_jsonl(name, path) if path.name.lower().endswith(JSONL) else None, found)
 
 
 def find_sources(inputs: list[str], downloads: Path) -> list[Source]:
@@ -285,11 +292,12 @@ class Document(NamedTuple):
 def read_documents(sources: list[Source], field: str, val_fraction: float,
                    dropped: Counter) -> Iterator[Document]:
     """All documents of `sources`, in order. Raises ValueError or OSError, naming the file (and line)."""
+    one_sided = len({choose_split(source.key, val_fraction) for source in sources if source.rows is None}) == 1
     for source in sources:
         try:
             if source.rows is not None:
                 yield from read_rows(source, field, val_fraction)
-            elif len(sources) == 1:
+            elif one_sided:
                 yield from read_text(source, hold_out_end(source.path, val_fraction), dropped)
             else:
                 whole = [(choose_split(source.key, val_fraction), 0, sys.maxsize)]
@@ -305,7 +313,7 @@ def choose_split(key: str, val_fraction: float) -> str:
 
 
 def hold_out_end(path: Path, val_fraction: float) -> list[tuple[str, int, int]]:
-    """The sections (split, first byte, size) of a text that is the whole input: its end is held out."""
+    """The sections (split, first byte, size) of a text whose end is held out."""
     size = path.stat().st_size
     end = int(size * (1 - val_fraction))
     start = max(end - PIECE, 0)
@@ -351,12 +359,12 @@ def read_rows(source: Source, field: str, val_fraction: float) -> Iterator[Docum
 
 def read_jsonl(name: str, path: Path) -> Iterator[tuple[int, Any]]:
     """The line numbers and values of a .jsonl or .jsonl.gz file. Raises ValueError if a line is not JSON."""
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
                     yield number, json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{name}:{number}: not valid JSON: {error}") from error
 
 
@@ -472,11 +480,11 @@ def write_tokens(work: Path, sources: list[Source], encoding: tiktoken.Encoding,
                 hashes[split].update(ids)
                 counts[split]["tokens"] += len(ids)
         bar.update(max(0, total - bar.n))  # what was dropped is done, too
+    documents = sum(counts[split]["documents"] for split in SPLITS)
     for split, change in zip(SPLITS, ("lower", "raise")):
         if not counts[split]["documents"]:
-            documents = sum(counts[split]["documents"] for split in SPLITS)
-            raise ValueError(f"the {split} split would be empty (documents in all: {documents}): add text or "
-                             f"{change} --val_fraction (now {val_fraction:g})")
+            advice = f" or {change} --val_fraction (now {val_fraction:g})" if documents else ""
+            raise ValueError(f"the {split} split would be empty (documents in all: {documents}): add text{advice}")
     splits = {split: dict(counts[split], sha256=hashes[split].hexdigest()) for split in SPLITS}
     return {"dtype": dtype, **dropped, **splits}
 
@@ -499,6 +507,7 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str = "
     encoding = load_tokenizer(tokenizer)
     work = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     work.mkdir(parents=True)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a kill cleans up as an interrupt does
     try:
         downloads = work / "downloads"
         downloads.mkdir()
@@ -516,6 +525,8 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str = "
     except BaseException:  # a keyboard interrupt, too
         shutil.rmtree(work)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return meta
 
 
@@ -533,7 +544,6 @@ def main(argv: list[str]) -> None:
     if args.inputs and not args.out:
         raise ValueError("--out is missing: name the new folder for the token files, such as --out data/mine")
     args.out = args.out or "data/stdlib"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a kill cleans up as an interrupt does
     meta = prepare(**vars(args))
     for split in SPLITS:
         counts = meta[split]

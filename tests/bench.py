@@ -10,6 +10,7 @@ Peers, skipped where they are not: nanoGPT (a clone at $NANOGPT, by default ../n
 
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -26,11 +27,11 @@ import torch
 import torch.nn as nn
 
 from kha import CONFIGS, Config, Transformer, count_params, flops_per_token, fold
-from sample import compile_steps, generate
+from sample import can_capture, compile_steps, generate
 from train import PEAK_FLOPS, TrainConfig, backward, build_model, graphed_backward, make_optimizer
 
 NANOGPT = os.environ.get("NANOGPT", os.path.join(os.path.dirname(ROOT), "nanoGPT"))
-BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes/s, by the vendor's datasheet
+BANDWIDTH = {"H100 80GB HBM3": 3.35e12, "H200": 4.8e12}  # bytes/s, by the vendor's datasheet; of others, no bound
 PROMPT, NEW = 128, 128  # tokens of a decoding row
 
 
@@ -176,7 +177,7 @@ def measure_training(row: Row) -> dict[str, float]:
 
     first = seconds(1)
     memory = torch.cuda.max_memory_allocated() / 2**30
-    if row.whose == "ours" and row.n_micro == 1 and row.device == "cuda":
+    if row.whose == "ours" and row.n_micro == 1 and can_capture(model):
         add_gradients = graphed_backward(model, tokens)
     once = seconds(3)
     speeds = [row.batch * config.block_size * row.n_micro / seconds(max(3, int(2 / once))) for _ in range(3)]
@@ -256,11 +257,11 @@ def table_line(name: str, row: Row, r: dict[str, float], rate: float, speeds: di
         return f"| {name} | {r['speed'] / 1e3:.2f} ({r['least'] / 1e3:.2f}-{r['most'] / 1e3:.2f}) | {ratio} |"
     gpu = torch.cuda.get_device_name()
     if row.task == "train":
-        peak = next(flops for key, flops in PEAK_FLOPS.items() if key in gpu)
+        peak = next((flops for key, flops in PEAK_FLOPS.items() if key in gpu), math.nan)
         mfu, of_rate = r["speed"] * r["flops"] / peak, r["speed"] * r["flops"] / rate
         return (f"| {name} | {r['speed'] / 1e3:.1f} ({r['least'] / 1e3:.1f}-{r['most'] / 1e3:.1f}) | {mfu:.1%} | {of_rate:.1%} |"
                 f" {r['memory']:.1f} | {r['first']:.1f} | {ratio} |")
-    bound = r["bytes"] / next(rate for key, rate in BANDWIDTH.items() if key in gpu)
+    bound = r["bytes"] / next((bandwidth for key, bandwidth in BANDWIDTH.items() if key in gpu), math.nan)
     return f"| {name} | {r['speed']:.0f} | {r['step'] * 1e3:.2f} | {bound * 1e3:.2f} | {bound / r['step']:.0%} | {ratio} |"
 
 

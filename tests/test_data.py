@@ -172,6 +172,17 @@ def test_single_file_holds_out_its_end_at_a_line(tmp_path):
     assert 0.1 <= len(val) / len(train + val) < 0.102
 
 
+def test_a_few_files_hold_out_their_ends(tmp_path):
+    texts = ["".join(f"line {i} of {name}\n" for i in range(1000)) for name in "abc"]
+    for name, text in zip("abc", texts):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{name}.txt").write_text(text)
+    out = str(tmp_path / "out")
+    prepare([str(tmp_path / "in")], out, val_fraction=0.01)
+    assert [train + val for train, val in zip(read_back(out, "train"), read_back(out, "val"))] == texts
+    assert all(0.01 <= len(val) / len(text) < 0.013 for val, text in zip(read_back(out, "val"), texts))
+
+
 @pytest.mark.parametrize("text", ["x日本🤯é" * 300_000, "🤯" * 700_000, ("é" * 400_000 + "\r\n") * 5])
 def test_large_texts_are_read_in_pieces(tmp_path, text):
     """Several MB with few or no line ends: no character is split, nothing is lost."""
@@ -352,16 +363,22 @@ def test_an_unreadable_file(tmp_path):
     (["a.txt", "--out", "out", "--tokenizer", "bite"], ["unknown tokenizer bite", "byte"]),
     (["empty", "--out", "out"], ["no files in empty"]),
     (["two", "--out", "out", "--val_fraction", "1e-9"], ["val split would be empty", "raise --val_fraction"]),
+    (["nothing.jsonl", "--out", "out"], ["(documents in all: 0): add text"]),
+    (["deep.jsonl", "--out", "out"], ["deep.jsonl:1: not valid JSON"]),
     (["a.txt", "--out", "full"], ["full already exists"]),
     (["a.txt", "--out", "a.txt"], ["a.txt already exists"]),
 ])
 def test_bad_arguments(tmp_path, argv, words):
     (tmp_path / "a.txt").write_text("line\n" * 100)
     (tmp_path / "empty").mkdir()
-    write_texts(tmp_path / "two", range(2))
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "rows.JSONL").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "nothing.jsonl").write_text("")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "]" * 100_000)
     write_texts(tmp_path / "full", range(1))
+    before = sorted(os.listdir(tmp_path))
     assert_refused(run(*argv, cwd=tmp_path), *words)
-    assert sorted(os.listdir(tmp_path)) == ["a.txt", "empty", "full", "two"]
+    assert sorted(os.listdir(tmp_path)) == before
     assert os.listdir(tmp_path / "full") == ["0.txt"] and (tmp_path / "a.txt").read_text() == "line\n" * 100
 
 
@@ -402,9 +419,10 @@ def test_truncated_token_file(prepared):
         open_tokens(str(prepared), "train")
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"dtype": "uint16"', '{"dtype": "nonsense"}'])
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"dtype": "uint16"', '{"dtype": "nonsense"}', "tokenizer", "sha256"])
 def test_damaged_meta(prepared, content):
-    (prepared / "meta.json").write_text(content)
+    whole = (prepared / "meta.json").read_text()
+    (prepared / "meta.json").write_text(whole.replace(f'"{content}"', '"else"') if f'"{content}"' in whole else content)
     with pytest.raises(ValueError, match="meta.json is damaged: .*prepare.py again"):
         load_meta(str(prepared))
 

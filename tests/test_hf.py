@@ -102,14 +102,23 @@ def test_added_knocks_change_nothing_then_are_the_equation_then_fold_away(name, 
 
 def test_down_of_a_value_knock_vanishes_into_the_output_projection():
     model, tokens = theirs("Llama"), torch.randint(50, (2, 9))
-    for knock in add_knocks(model, "mlp", "*.v_proj", 8).values():
-        scramble(knock)
+    for i, knock in enumerate(add_knocks(model, "mlp", "*.[qv]_proj", 8).values()):
+        scramble(knock, i)
     knocked, names = logits(model, tokens), set(model.state_dict())
     with pytest.raises(ValueError, match="has no neighbour wo"):
-        fold(model, "wo")
-    fold(model, "o_proj")
+        fold(copy.deepcopy(model), "v_proj", "wo")
+    fold(model, "v_proj", "o_proj")
     assert relative_error(logits(model, tokens), knocked) < 1e-5
-    assert {name for name in names if "knock" not in name} == set(model.state_dict())
+    downs = {name for name in model.state_dict() if name.endswith("q_proj.down")}  # queries are not values
+    assert len(downs) == 2 and {name for name in names if "knock" not in name} == set(model.state_dict()) - downs
+
+
+def test_down_does_not_vanish_into_a_weight_that_is_made_anew_at_each_use():
+    model = theirs("Llama")
+    add_knocks(model, "mlp", "*.v_proj", 8)
+    add_knocks(model, "linear", "*.o_proj", 8)
+    with pytest.raises(ValueError, match="plain nn.Linear"):
+        fold(model, "v_proj", "o_proj")
 
 
 def test_a_fused_projection_knocks_where_it_is_told():

@@ -3,13 +3,15 @@
 import dataclasses
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import tiktoken
 import torch
 
 from data.prepare import load_tokenizer
 from kha import Config, Transformer, save_checkpoint
-from sample import compile_steps, generate, pick_device, sample_logits, write_samples
+from sample import can_capture, compile_steps, generate, pick_device, sample_logits, write_samples
 from tests.reference import scramble
 
 TINY = dict(vocab_size=320, block_size=64, n_layer=2, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=32)
@@ -166,8 +168,32 @@ def test_the_script(model, tmp_path):
         assert (code, out, err.count("\n")) == (2, "", 1) and message in err
 
 
+def test_output_that_nobody_reads_ends_quietly(model, tmp_path):
+    weights = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
+    save_checkpoint(tmp_path, {**weights, "tokenizer": "byte", "step": 1})
+    script = f"{sys.executable} sample.py --checkpoint {tmp_path} --prompt abc --max_new_tokens 60 | head -c 1"
+    done = subprocess.run(script, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("a", "")
+
+
+def test_an_id_that_is_no_token_is_written_as_unknown(model, capsys):
+    tokenizer = tiktoken.Encoding("gap", pat_str=".", mergeable_ranks={bytes([b]): b for b in range(256)},
+                                  special_tokens={"<|endoftext|>": 319})
+    write_samples(model, tokenizer, "a", n_samples=3, max_new_tokens=40, temperature=5.0)
+    assert "\ufffd" in capsys.readouterr().out
+
+
 def test_the_device_is_what_was_asked_for():
     assert pick_device("cpu") == "cpu"
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device 'cuda:0' is not available here"):
-            pick_device("cuda:0")
+    with pytest.raises(ValueError, match="device 'cuda:0' is not available here: choose from .*cpu"):
+        pick_device("cuda:0")
+
+
+@pytest.mark.parametrize("n_moe,chip,dtype,takes", [
+    (0, 8, torch.float32, True), (1, 8, torch.bfloat16, False), (1, 9, torch.float32, False), (1, 9, torch.bfloat16, True)
+])
+def test_graphs_are_for_what_needs_no_cpu(n_moe, chip, dtype, takes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (chip, 0))
+    weight = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype)
+    fake = SimpleNamespace(embed=SimpleNamespace(weight=weight), moes=lambda: [None] * n_moe, compute_dtype=None)
+    assert can_capture(fake) == takes and not can_capture(Transformer(Config(**TINY)))

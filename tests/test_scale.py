@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -19,7 +20,7 @@ import sample
 import train
 from kha import Transformer, list_checkpoints, load_checkpoint, save_checkpoint
 from tests.runs import (
-    SHAPE, SHORT, assert_same_run, lines_of, log_of, start_script, stop_at, train_script, weights_of,
+    SHAPE, SHORT, assert_same_run, lines_of, log_of, start_script, stop_at, train_script, untimed, weights_of,
 )
 from train import Log, main, parse_config
 
@@ -195,6 +196,20 @@ def test_a_finished_run_resumes_to_its_sample(whole, halves, data, capsys):
     assert_same_run(whole, halves)
 
 
+def test_settings_given_with_resume_replace_those_of_the_run(whole, halves, data):
+    (halves / "step-00000030.pt").unlink()
+    changed = ["--weight_decay", "0.9", "--beta1", "0.5", "--beta2", "0.6"]
+    main([*SHORT, "--data", str(data), "--out", str(halves), "--resume", *changed])
+    groups = load_checkpoint(halves)[1]["optimizer"]["param_groups"]
+    assert {(*group["betas"], group["weight_decay"]) for group in groups} == {(0.5, 0.6, 0.9), (0.5, 0.6, 0.0)}
+    assert untimed(halves)[:20] == untimed(whole)[:20] and untimed(halves)[-1] != untimed(whole)[-1]
+
+
+def test_a_run_cannot_go_back(halves, data):
+    with pytest.raises(ValueError, match="has done 30 steps: give more than --steps 25"):
+        main([*SHORT, "--data", str(data), "--out", str(halves), "--resume", "--steps", "25"])
+
+
 # --- damage ---
 
 
@@ -228,9 +243,16 @@ def test_with_all_checkpoints_damaged_nothing_is_touched(halves):
     assert {path: path.read_bytes() for path in halves.iterdir()} == before
 
 
+def test_a_checkpoint_of_another_version_is_refused(halves):
+    checkpoint = load_checkpoint(halves)[1]
+    save_checkpoint(halves, {**checkpoint, "train": {**checkpoint["train"], "dropout": 0.1}})
+    with pytest.raises(ValueError, match="not of this version of train.py .*'dropout'"):
+        parse_config(["--out", str(halves), "--resume"])
+
+
 def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
     """Run back to step 20, a run saves more often than before: what it kept must be two whole files."""
-    checkpoint = {"config": dataclasses.asdict(parse_config(["toy"])[0]), "model": {}}
+    checkpoint = {"config": dataclasses.asdict(parse_config(["toy"])[0]), "model": {}, "tokenizer": "byte"}
     save_checkpoint(tmp_path, {**checkpoint, "step": 20})
     (tmp_path / "step-00000030.pt").write_bytes(b"damaged")
     (tmp_path / "step-best.pt").write_bytes(b"a copy of the user's")
@@ -392,6 +414,12 @@ def test_ten_skipped_updates_in_a_row_end_the_run(poison, data, tmp_path):
     assert [line["skipped"] for line in log_of(tmp_path)[0]] == [0] * 4 + [1] * 26
 
 
+def test_ten_skipped_updates_before_a_checkpoint(poison, data, tmp_path):
+    poison({*range(5, 100)})
+    with pytest.raises(ValueError, match="10 updates in a row, the last step 14, .*: start anew with a lower --lr"):
+        main([*SHORT, "--save_every", "20", "--data", str(data), "--out", str(tmp_path)])
+
+
 def write_log(out, losses, skipped=()):
     """A log of these losses, as train.main would write it; returns it, still open."""
     log = Log(str(out), 0, writes=True)
@@ -440,9 +468,10 @@ def test_what_was_logged_after_the_checkpoint_is_cut_off(end, tmp_path):
     assert path.read_bytes() == b"".join(lines[:6])
 
 
-def test_a_log_damaged_before_the_checkpoint_is_not_thrown_away(halves, data):
+@pytest.mark.parametrize("damage", ['"step"; 12', '"step": 12, "loss": "x", "was": 1'])
+def test_a_log_damaged_before_the_checkpoint_is_not_thrown_away(damage, halves, data):
     path = halves / "log.jsonl"
-    damaged = path.read_text().replace('"step": 12', '"step"; 12')
+    damaged = re.sub('"step": 12, "loss": [^,]*', damage, path.read_text())
     path.write_text(damaged)
     args = [*SHORT, "--data", str(data), "--out", str(halves), "--resume"]
     with pytest.raises(ValueError, match="log.jsonl is damaged after step 11"):

@@ -1,6 +1,9 @@
 """Training as a user runs it: on small models and data, through the script where the script matters."""
 
 import math
+import subprocess
+import sys
+import time
 import types
 
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 from kha import Config, Transformer, load_checkpoint
-from tests.runs import SHORT, assert_same_run, log_of, stop_at, train_script
+from tests.runs import ROOT, SHORT, assert_same_run, log_of, stop_at, train_script
 from train import TrainConfig, check_memory, draw_batch, evaluate, lr_at, main, make_optimizer, parse_config
 
 
@@ -101,6 +104,22 @@ def test_every_option_is_typed_and_the_config_is_the_default():
     assert parse_config([])[0].n_expert == 8  # toy
 
 
+def test_help_says_what_each_option_is():
+    words = " ".join(train_script("--help").stdout.split())
+    assert "--lr LR peak, after 5% warm-up; a cosine takes it to 10% (default: 0.00075, or the config's own)" in words
+    assert "--attention ATTENTION gqa, gta or mla (default" in words
+
+
+def test_killed_while_it_prepares_its_data_it_leaves_nothing(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "train.py"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("data/stdlib.tmp-*/train.bin")):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=20) == 143
+    assert list(tmp_path.rglob("*")) == [tmp_path / "data"]
+
+
 def test_a_model_that_cannot_fit_the_gpu_is_refused_with_what_would_help(monkeypatch):
     gpu = types.SimpleNamespace(total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
@@ -116,8 +135,11 @@ def test_a_model_that_cannot_fit_the_gpu_is_refused_with_what_would_help(monkeyp
     [
         ("--n_leyer 3", "unknown option --n_leyer: did you mean --n_layer?"), ("huge", "invalid choice: 'huge'"),
         ("--steps many", "argument --steps: invalid int value: 'many'"), ("--steps 0", "steps must be positive"),
-        ("--lr nan", "lr must be positive"), ("--n_kv_head 3", "n_head must be a multiple of n_kv_head"),
+        ("--lr nan", "lr must be positive"), ("--lr inf", "lr must be positive"),
+        ("--norm_eps nan", "norm_eps must be positive"), ("--beta2 1", "beta1 and beta2 must be under 1, not 0.9 and 1.0"),
+        ("--out EMPTY", "--out is empty"), ("--n_kv_head 3", "n_head must be a multiple of n_kv_head"),
         ("--head_dim 7", "head_dim must be even"), ("--batch_tokens 100", "batch_tokens must be a multiple of"),
+        ("--batch_tokens 1024", "8 * 256 * 1 = 2048, not 1024: add --batch_tokens 2048 or --micro_batch 4"),
         ("--balance rsm", "balance must be one of rms, sign"), ("--device tpu", "device 'tpu' is not available"),
         ("--data DATA --vocab_size 100", "a vocabulary of 257 (byte), more than the model's 100: add --vocab_size 320"),
         ("--data DATA --block_size 1000000 --micro_batch 1 --batch_tokens 1000000", "fewer than one sequence"),
@@ -136,7 +158,8 @@ def test_bad_input_is_one_line_and_touches_nothing(args, message, data, tmp_path
     if "RUN" in args:
         main([*SHORT, "--data", str(data), "--out", str(run), "--steps", "1"])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    places = {"DATA": data, "CUT": cut, "RUN": run, "BROKEN": tmp_path / "broken", "NEW": tmp_path / "new"}
+    places = {"DATA": data, "CUT": cut, "RUN": run, "BROKEN": tmp_path / "broken", "NEW": tmp_path / "new",
+              "EMPTY": ""}
     done = train_script(*(places.get(word, word) for word in args.split()), *([] if "--out" in args else ["--out", tmp_path / "new"]))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert message in done.stderr
