@@ -12,6 +12,7 @@ SwiGLU or a mixture of experts (moe.py), tied embeddings.
 """
 
 import dataclasses
+import errno
 import fnmatch
 import glob
 import math
@@ -980,20 +981,23 @@ def list_checkpoints(folder: str) -> list[str]:
 def read_checkpoint(path: str) -> dict:
     """What save_checkpoint wrote: tensors, on the CPU, and plain data; code in the file is never run.
 
-    Raises ValueError if the file is damaged, be it by one bit, or not a checkpoint.
+    Raises ValueError if the file is damaged, be it by one bit, or not a checkpoint; OSError if it cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as file:
             if damaged := file.testzip():
-                raise ValueError(f"{path} is damaged: {damaged} in it fails its checksum")
+                raise ValueError(f"{damaged} in it fails its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         Config(**checkpoint["config"])
         if missing := {"model", "step", "tokenizer"} - set(checkpoint):
             raise LookupError(f"it lacks {', '.join(sorted(missing))}")
         return checkpoint
     except (
-        OSError, RuntimeError, EOFError, LookupError, TypeError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError
+        OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error,
+        pickle.UnpicklingError,
     ) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a seek to where a damaged file points
+            raise
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
 

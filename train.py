@@ -420,7 +420,7 @@ def main(argv: list[str]) -> None:
     unit = T * train.micro_batch * n_process
     if train.batch_tokens % unit:
         each, rest = divmod(train.batch_tokens, T * n_process)  # sequences of a process
-        fits = next((n for n in range(train.micro_batch, 0, -1) if each % n == 0), 0) if not rest else 0
+        fits = 0 if rest else next(n for n in range(min(train.micro_batch, each), 0, -1) if each % n == 0)
         raise ValueError(
             f"batch_tokens must be a multiple of micro_batch * block_size * processes = {train.micro_batch} * {T}"
             f" * {n_process} = {unit}, not {train.batch_tokens}: add --batch_tokens {-(-train.batch_tokens // unit) * unit}"

@@ -13,7 +13,8 @@ set). Without INPUT, the source of the Python standard library on this machine i
 The output folder holds train.bin and val.bin (flat token ids, each document ended by the end-of-text token)
 and meta.json. Whole documents are held out for validation, chosen by a hash of their name, so a document
 keeps its side whatever else is added. Where this would leave all plain-text files on one side, as it does with
-one or few, the last part of each is held out instead. Text is tokenised in pieces of about 1 MB, cut at line ends, so memory stays bounded.
+one or few, the last part of each is held out instead. Text is tokenised in pieces of about 1 MB, cut at line
+ends, so memory stays bounded.
 """
 
 import argparse

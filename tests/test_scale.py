@@ -1,6 +1,7 @@
 """Many processes compute what one does, and whatever ends a run, nothing is lost."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import resource
 import shutil
 import signal
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -241,6 +243,16 @@ def test_with_all_checkpoints_damaged_nothing_is_touched(halves):
     warning, error = done.stderr.splitlines()
     assert "warning" in warning and "error" in error and "step-00000020.pt is damaged" in error
     assert {path: path.read_bytes() for path in halves.iterdir()} == before
+
+
+def test_a_disk_that_cannot_read_is_not_a_damaged_checkpoint(halves, monkeypatch):
+    """It may be whole: to go on from the one before would remove it."""
+    def fail(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        parse_config(["--out", str(halves), "--resume"])
 
 
 def test_a_checkpoint_of_another_version_is_refused(halves):
