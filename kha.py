@@ -960,7 +960,7 @@ def save_checkpoint(folder: str, checkpoint: dict) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         if os.path.exists(temporary):
             os.remove(temporary)
-        reason = error if isinstance(error, OSError) else f"as on a full disk: {str(error).splitlines()[0]}"
+        reason = ("" if isinstance(error, OSError) else "as on a full disk: ") + str(error).split("\n")[0]
         raise OSError(f"cannot save to {folder} ({reason}): the earlier checkpoints there stand") from error
     os.replace(temporary, os.path.join(folder, name))
     if os.name == "posix":  # bring the new name to the disk before an old file goes

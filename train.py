@@ -108,6 +108,11 @@ RECIPES = {
 PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "NVIDIA A100": 312e12}
 
 
+def of_gpu(table: dict[str, float], gpu: str) -> float | None:
+    """The number of the first entry whose key is part of a GPU's name; None if there is none."""
+    return next((number for key, number in table.items() if key in gpu), None)
+
+
 def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     """Command line to (model config, training config, checkpoint to go on from). Raises ValueError for what it does
     not know.
@@ -146,7 +151,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
         try:
             saved_train = dataclasses.asdict(TrainConfig(**{**checkpoint["train"], "out": out}))
         except (LookupError, TypeError) as error:
-            raise ValueError(f"{saved[0]} is not of this version of train.py ({error}): it can sample, not go on") from error
+            raise ValueError(f"the run in {out} is not of this version of train.py ({error}): sample from it only") from error
         saved_model = checkpoint["config"]
         if not resume:
             same_train = dataclasses.asdict(TrainConfig(**{**base_train, **given})) == saved_train
@@ -457,10 +462,10 @@ def main(argv: list[str]) -> None:
         options = sharded.StateDictOptions(full_state_dict=True)
         sharded.set_model_state_dict(model, checkpoint["model"], options=options)
         if "optimizer" in checkpoint:
-            settings = [(group["betas"], group["weight_decay"]) for group in optimizer.param_groups]
+            own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
             sharded.set_optimizer_state_dict(model, optimizer, checkpoint["optimizer"], options=options)
-            for group, (betas, weight_decay) in zip(optimizer.param_groups, settings):  # not the checkpoint's
-                group.update(betas=betas, weight_decay=weight_decay)
+            for group, settings in zip(optimizer.param_groups, own):  # of the checkpoint only the moments
+                group.update(settings)
         checkpoint = None  # the file is mapped into memory, and would stay on the disk after its removal
 
     log = Log(train.out, start, writes=rank == 0)
@@ -470,7 +475,7 @@ def main(argv: list[str]) -> None:
               f" tokens on {n_process} x {device.split(':')[0]}; writing {train.out}"
               + f", going on after step {start}" * (start > 0))
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+    peak = of_gpu(PEAK_FLOPS, gpu)
     flops = flops_per_token(model, T)
     bytes_per_token = meta["val"]["bytes"] / meta["val"]["tokens"]
 

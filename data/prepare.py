@@ -293,7 +293,8 @@ class Document(NamedTuple):
 def read_documents(sources: list[Source], field: str, val_fraction: float,
                    dropped: Counter) -> Iterator[Document]:
     """All documents of `sources`, in order. Raises ValueError or OSError, naming the file (and line)."""
-    one_sided = len({choose_split(source.key, val_fraction) for source in sources if source.rows is None}) == 1
+    sides = {source.key: choose_split(source.key, val_fraction) for source in sources if source.rows is None}
+    one_sided = len(set(sides.values())) == 1
     for source in sources:
         try:
             if source.rows is not None:
@@ -301,8 +302,7 @@ def read_documents(sources: list[Source], field: str, val_fraction: float,
             elif one_sided:
                 yield from read_text(source, hold_out_end(source.path, val_fraction), dropped)
             else:
-                whole = [(choose_split(source.key, val_fraction), 0, sys.maxsize)]
-                yield from read_text(source, whole, dropped)
+                yield from read_text(source, [(sides[source.key], 0, sys.maxsize)], dropped)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{source.name} is damaged, fetch it again: {error}") from error
 

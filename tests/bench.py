@@ -28,7 +28,7 @@ import torch.nn as nn
 
 from kha import CONFIGS, Config, Transformer, count_params, flops_per_token, fold
 from sample import can_capture, compile_steps, generate
-from train import PEAK_FLOPS, TrainConfig, backward, build_model, graphed_backward, make_optimizer
+from train import PEAK_FLOPS, TrainConfig, backward, build_model, graphed_backward, make_optimizer, of_gpu
 
 NANOGPT = os.environ.get("NANOGPT", os.path.join(os.path.dirname(ROOT), "nanoGPT"))
 BANDWIDTH = {"H100 80GB HBM3": 3.35e12, "H200": 4.8e12}  # bytes/s, by the vendor's datasheet; of others, no bound
@@ -257,11 +257,11 @@ def table_line(name: str, row: Row, r: dict[str, float], rate: float, speeds: di
         return f"| {name} | {r['speed'] / 1e3:.2f} ({r['least'] / 1e3:.2f}-{r['most'] / 1e3:.2f}) | {ratio} |"
     gpu = torch.cuda.get_device_name()
     if row.task == "train":
-        peak = next((flops for key, flops in PEAK_FLOPS.items() if key in gpu), math.nan)
+        peak = of_gpu(PEAK_FLOPS, gpu) or math.nan
         mfu, of_rate = r["speed"] * r["flops"] / peak, r["speed"] * r["flops"] / rate
         return (f"| {name} | {r['speed'] / 1e3:.1f} ({r['least'] / 1e3:.1f}-{r['most'] / 1e3:.1f}) | {mfu:.1%} | {of_rate:.1%} |"
                 f" {r['memory']:.1f} | {r['first']:.1f} | {ratio} |")
-    bound = r["bytes"] / next((bandwidth for key, bandwidth in BANDWIDTH.items() if key in gpu), math.nan)
+    bound = r["bytes"] / (of_gpu(BANDWIDTH, gpu) or math.nan)
     return f"| {name} | {r['speed']:.0f} | {r['step'] * 1e3:.2f} | {bound * 1e3:.2f} | {bound / r['step']:.0%} | {ratio} |"
 
 

@@ -174,8 +174,8 @@ def test_single_file_holds_out_its_end_at_a_line(tmp_path):
 
 def test_a_few_files_hold_out_their_ends(tmp_path):
     texts = ["".join(f"line {i} of {name}\n" for i in range(1000)) for name in "abc"]
+    (tmp_path / "in").mkdir()
     for name, text in zip("abc", texts):
-        (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / f"{name}.txt").write_text(text)
     out = str(tmp_path / "out")
     prepare([str(tmp_path / "in")], out, val_fraction=0.01)
@@ -419,10 +419,12 @@ def test_truncated_token_file(prepared):
         open_tokens(str(prepared), "train")
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"dtype": "uint16"', '{"dtype": "nonsense"}', "tokenizer", "sha256"])
-def test_damaged_meta(prepared, content):
-    whole = (prepared / "meta.json").read_text()
-    (prepared / "meta.json").write_text(whole.replace(f'"{content}"', '"else"') if f'"{content}"' in whole else content)
+@pytest.mark.parametrize("damage", [
+    *(lambda _, content=content: content for content in ("", "{}", "[]", '{"dtype": "uint16"', '{"dtype": "nonsense"}')),
+    *(lambda whole, key=key: whole.replace(f'"{key}"', '"else"') for key in ("tokenizer", "sha256")),
+])
+def test_damaged_meta(prepared, damage):
+    (prepared / "meta.json").write_text(damage((prepared / "meta.json").read_text()))
     with pytest.raises(ValueError, match="meta.json is damaged: .*prepare.py again"):
         load_meta(str(prepared))
 

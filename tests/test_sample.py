@@ -26,6 +26,12 @@ def new_tokens(*args, **options):
     return [list(step) for step in zip(*generate(*args, **options))]
 
 
+def save(model, folder):
+    """As step 1 of a run in the folder."""
+    weights = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
+    save_checkpoint(folder, {**weights, "tokenizer": "byte", "step": 1})
+
+
 def sample(*args, stdin=""):
     done = subprocess.run([sys.executable, "sample.py", *map(str, args)], input=stdin, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
@@ -142,8 +148,7 @@ def test_characters_of_several_bytes_are_written_whole(model, capsys):
 
 
 def test_the_script(model, tmp_path):
-    weights = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
-    save_checkpoint(tmp_path, {**weights, "tokenizer": "byte", "step": 1})
+    save(model, tmp_path)
     path = tmp_path / "step-00000001.pt"
     code, one, _ = sample("--checkpoint", path, "--prompt", "def", "--max_new_tokens", 10)
     assert code == 0 and one.startswith("def")
@@ -169,8 +174,7 @@ def test_the_script(model, tmp_path):
 
 
 def test_output_that_nobody_reads_ends_quietly(model, tmp_path):
-    weights = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
-    save_checkpoint(tmp_path, {**weights, "tokenizer": "byte", "step": 1})
+    save(model, tmp_path)
     script = f"{sys.executable} sample.py --checkpoint {tmp_path} --prompt abc --max_new_tokens 60 | head -c 1"
     done = subprocess.run(script, shell=True, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("a", "")
