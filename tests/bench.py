@@ -199,7 +199,7 @@ def measure_decoding(row: Row) -> dict[str, float]:
         model.compute_dtype = None
         for p in model.parameters():
             p.data = p.data.bfloat16()
-        compile_steps(model)
+        compile_steps(model, row.batch)
 
         def run() -> float:
             for i, _ in enumerate(generate(model, prompt, row.batch, NEW, temperature=0)):

@@ -67,7 +67,7 @@ def test_compiled_steps_are_eager_ones(shape, n_samples):
 
     eager = step()
     assert len(new_tokens(model, [5, 6, 7], n_samples, max_new_tokens=4)) == n_samples
-    compile_steps(model)
+    compile_steps(model, n_samples)
     assert (step() - eager).norm() < 0.05 * eager.norm()
     assert len(new_tokens(model, [5, 6, 7], n_samples, max_new_tokens=4)) == n_samples
 
