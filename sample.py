@@ -142,8 +142,8 @@ def generate(
 
 def compile_steps(model: Transformer, n_samples: int) -> None:
     """Compile the model for `generate`'s steps of one token for each of n_samples: kernels are tuned, and launched before
-    the last one ends. In a dense model small ones become one, and the long sums of one sample are spread over the chip;
-    a mixture of experts gains nothing from this."""
+    the last one ends. In a dense model small ones become one, and the long sums of one sample are spread over the chip."""
+    # A mixture gains nothing by these, and torch, up to 2.13 at least, fails to combine kernels of which one sorts.
     dense = not model.moes()
     options = {
         "coordinate_descent_tuning": True, "triton.enable_pdl": True, "combo_kernels": dense,
