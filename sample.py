@@ -140,6 +140,16 @@ def generate(
             return
 
 
+def lighten(model: Transformer) -> Transformer:
+    """Make a trained model, in place, one for sampling only: its knocks folded, and on CUDA its parameters in bfloat16;
+    not the balancing bias, of which a step is finer. Returns it."""
+    fold(model)
+    if model.embed.weight.is_cuda:
+        for p in model.parameters():
+            p.data = p.data.bfloat16()
+    return model
+
+
 def compile_steps(model: Transformer, n_samples: int) -> None:
     """Compile the model for `generate`'s steps of one token for each of n_samples: kernels are tuned, and launched before
     the last one ends. In a dense model small ones become one, and the long sums of one sample are spread over the chip."""
@@ -211,10 +221,7 @@ def main(argv: list[str]) -> None:
         export_hf(model, folder, tokenizer.eot_token)
         print(f"wrote {folder}")
         return
-    fold(model)
-    if device.startswith("cuda"):
-        for p in model.parameters():  # not the balancing bias: a step of it is finer than bfloat16
-            p.data = p.data.bfloat16()
+    lighten(model)
     if compiled:
         compile_steps(model, options["n_samples"])
     if options["prompt"] == "-":

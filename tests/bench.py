@@ -26,8 +26,8 @@ sys.path.insert(0, ROOT)
 import torch
 import torch.nn as nn
 
-from kha import CONFIGS, Config, Transformer, count_params, flops_per_token, fold
-from sample import can_capture, compile_steps, generate
+from kha import CONFIGS, Config, Transformer, count_params, flops_per_token
+from sample import can_capture, compile_steps, generate, lighten
 from train import PEAK_FLOPS, TrainConfig, backward, build_model, graphed_backward, make_optimizer, of_gpu
 
 NANOGPT = os.environ.get("NANOGPT", os.path.join(os.path.dirname(ROOT), "nanoGPT"))
@@ -195,10 +195,8 @@ def measure_decoding(row: Row) -> dict[str, float]:
     config = Config(**{**CONFIGS[row.config], **row.changes})
     prompt = torch.randint(config.vocab_size, (PROMPT,)).tolist()
     if row.whose == "ours":
-        model = fold(build_model(config, TrainConfig(compile=False), "cuda", 1)[0].eval())
+        model = lighten(build_model(config, TrainConfig(compile=False), "cuda", 1)[0].eval())
         model.compute_dtype = None
-        for p in model.parameters():
-            p.data = p.data.bfloat16()
         compile_steps(model, row.batch)
 
         def run() -> float:

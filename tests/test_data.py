@@ -420,8 +420,13 @@ def test_truncated_token_file(prepared):
 
 
 @pytest.mark.parametrize("damage", [
-    *(lambda _, content=content: content for content in ("", "{}", "[]", '{"dtype": "uint16"', '{"dtype": "nonsense"}')),
-    *(lambda whole, key=key: whole.replace(f'"{key}"', '"else"') for key in ("tokenizer", "sha256")),
+    lambda whole: "",
+    lambda whole: "{}",
+    lambda whole: "[]",
+    lambda whole: '{"dtype": "uint16"',
+    lambda whole: '{"dtype": "nonsense"}',
+    lambda whole: whole.replace('"tokenizer"', '"else"'),
+    lambda whole: whole.replace('"sha256"', '"else"'),
 ])
 def test_damaged_meta(prepared, damage):
     (prepared / "meta.json").write_text(damage((prepared / "meta.json").read_text()))

@@ -435,8 +435,11 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    *(lambda c, key=key, value=value: {**c, key: value} for key, value in (("model", []), ("model", {}), ("config", {}))),
-    *(lambda c, key=key: {name: value for name, value in c.items() if name != key} for key in ("tokenizer", "step")),
+    lambda c: {**c, "model": []},
+    lambda c: {**c, "model": {}},
+    lambda c: {**c, "config": {}},
+    lambda c: {name: c[name] for name in c if name != "tokenizer"},
+    lambda c: {name: c[name] for name in c if name != "step"},
     lambda c: [1],
 ])
 def test_what_is_whole_but_no_checkpoint_is_refused_in_one_line(change, tmp_path):
