@@ -14,9 +14,11 @@ from typing import Any
 import tiktoken
 import torch
 
+from data.checkpoint import load_checkpoint
 from data.hf import export_hf
-from data.prepare import load_tokenizer, parse_args, run_script
-from kha import Transformer, fold, load_checkpoint
+from data.script import parse_args, run_script
+from data.tokens import load_tokenizer
+from kha import Transformer, fold
 
 
 def pick_device(name: str) -> str:

@@ -11,6 +11,12 @@ import pytest  # noqa: E402
 from data.prepare import prepare  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path_factory, monkeypatch):
+    """Each test runs in an empty folder: it must not see the out/ and data/ of the checkout."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Text with something to learn, prepared: lines of counting."""

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 
 import train
-from kha import load_checkpoint
+from data.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SHAPE = "--n_layer 1 --n_embd 32 --head_dim 8 --d_ff 32 --n_expert 4 --block_size 32 --micro_batch 4 --device cpu".split()
@@ -20,7 +20,7 @@ SHORT = [*SHAPE, *"--batch_tokens 256 --steps 30 --eval_every 10 --save_every 10
 def command(*args, n_process=0, restarts=0, script="train.py"):
     """Command line of a run, under torchrun if n_process is given."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n_process, "--max-restarts", restarts]
-    return [str(word) for word in (sys.executable, *(torchrun if n_process else []), script, *args)]
+    return [str(word) for word in (sys.executable, *(torchrun if n_process else []), ROOT / script, *args)]
 
 
 def environment():
@@ -29,13 +29,13 @@ def environment():
 
 def train_script(*args, preexec_fn=None, **how):
     """Run the script to its end, which must come within a minute."""
-    return subprocess.run(command(*args, **how), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60,
+    return subprocess.run(command(*args, **how), env=environment(), capture_output=True, text=True, timeout=60,
                           preexec_fn=preexec_fn)
 
 
 def start_script(*args, **how):
     """Start the script, as a process with its output in `stdout`."""
-    return subprocess.Popen(command(*args, **how), cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
+    return subprocess.Popen(command(*args, **how), env=environment(), text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
 
 

@@ -16,7 +16,8 @@ import pytest
 import tiktoken
 
 from data import prepare as module
-from data.prepare import load_meta, load_tokenizer, map_threads, open_tokens, prepare
+from data.prepare import map_threads, prepare
+from data.tokens import load_meta, load_tokenizer, open_tokens
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,7 +41,7 @@ def write_texts(folder, numbers):
         (folder / f"{i}.txt").write_text(f"text number {i}\n")
 
 
-def run(*argv, cwd=ROOT, **env):
+def run(*argv, cwd=None, **env):
     return subprocess.run([sys.executable, ROOT / "data" / "prepare.py", *map(str, argv)], cwd=cwd,
                           env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn as nn
 
 import kha
+from data.checkpoint import load_checkpoint, save_checkpoint
 from kha import (
     CONFIGS, KNOCKS, Cache, Config, Linear, Transformer, count_params, flops_per_token, fold, heads,
-    load_checkpoint, memory_per_gpu, paper_flops, rope_tables, rotate, save_checkpoint,
+    memory_per_gpu, paper_flops, rope_tables, rotate,
 )
 from sample import generate
 from tests import reference

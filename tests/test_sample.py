@@ -9,10 +9,12 @@ import pytest
 import tiktoken
 import torch
 
-from data.prepare import load_tokenizer
-from kha import Config, Transformer, save_checkpoint
+from data.checkpoint import save_checkpoint
+from data.tokens import load_tokenizer
+from kha import Config, Transformer
 from sample import can_capture, compile_steps, generate, pick_device, sample_logits, write_samples
 from tests.reference import scramble
+from tests.runs import ROOT
 
 TINY = dict(vocab_size=320, block_size=64, n_layer=2, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=32)
 
@@ -33,7 +35,7 @@ def save(model, folder):
 
 
 def sample(*args, stdin=""):
-    done = subprocess.run([sys.executable, "sample.py", *map(str, args)], input=stdin, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "sample.py", *map(str, args)], input=stdin, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -175,7 +177,7 @@ def test_the_script(model, tmp_path):
 
 def test_output_that_nobody_reads_ends_quietly(model, tmp_path):
     save(model, tmp_path)
-    script = f"{sys.executable} sample.py --checkpoint {tmp_path} --prompt abc --max_new_tokens 60 | head -c 1"
+    script = f"{sys.executable} {ROOT}/sample.py --checkpoint {tmp_path} --prompt abc --max_new_tokens 60 | head -c 1"
     done = subprocess.run(script, shell=True, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("a", "")
 

@@ -20,11 +20,13 @@ import torch
 
 import sample
 import train
-from kha import Transformer, list_checkpoints, load_checkpoint, save_checkpoint
+from data.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from data.log import Log
+from kha import Transformer
 from tests.runs import (
     SHAPE, SHORT, assert_same_run, lines_of, log_of, start_script, stop_at, train_script, untimed, weights_of,
 )
-from train import Log, main, parse_config
+from train import main, parse_config
 
 # 16 sequences an update: 8 micro-batches for one process, 2 for each of four. Losses then agree to some 2e-7, unless
 # rounding decides which expert takes a token: with few tokens, a wide model and a low rate that is rare.

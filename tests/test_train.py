@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from kha import Config, Transformer, load_checkpoint
+from data.checkpoint import load_checkpoint
+from kha import Config, Transformer
 from tests.runs import ROOT, SHORT, assert_same_run, log_of, stop_at, train_script
 from train import TrainConfig, check_memory, draw_batch, evaluate, lr_at, main, make_optimizer, parse_config
 

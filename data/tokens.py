@@ -1,0 +1,102 @@
+"""Tokenizers, and the token files that data/prepare.py writes and train.py reads."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from data.script import nearest
+
+SPLITS = ("train", "val")
+PIECE = 1 << 20  # tokens read at a time
+
+# the files tiktoken downloads for each tokenizer, named here to tell users without network what to copy
+BLOBS = "https://openaipublic.blob.core.windows.net/"
+TOKENIZERS = {
+    "byte": [],
+    "gpt2": [BLOBS + "gpt-2/encodings/main/vocab.bpe", BLOBS + "gpt-2/encodings/main/encoder.json"],
+    "cl100k_base": [BLOBS + "encodings/cl100k_base.tiktoken"],
+    "o200k_base": [BLOBS + "encodings/o200k_base.tiktoken"],
+}
+
+
+def load_tokenizer(name: str) -> tiktoken.Encoding:
+    """The tokenizer `name`: byte (ids 0 to 255 are the bytes, 256 ends a text), or one of tiktoken's own.
+
+    tiktoken downloads its own once. Raises ValueError for an unknown name, OSError if the download fails.
+    """
+    if name not in TOKENIZERS:
+        hint = nearest(name, TOKENIZERS, f"choose from {', '.join(TOKENIZERS)}")
+        raise ValueError(f"unknown tokenizer {name}: {hint}")
+    if name == "byte":
+        # without merges, the pattern only says how much text to take at a time; 64 characters are fastest
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return tiktoken.Encoding(name, pat_str="(?s:.{1,64})", mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": 256})
+    try:
+        return tiktoken.get_encoding(name)
+    except OSError as error:
+        copies = ", ".join(f"{url} as {hashlib.sha1(url.encode()).hexdigest()}" for url in TOKENIZERS[name])
+        raise OSError(f"cannot download the tokenizer {name} ({type(error).__name__}): without network, put "
+                      f"{copies} into a folder and set TIKTOKEN_CACHE_DIR to that folder") from error
+
+
+def load_meta(folder: str) -> dict[str, Any]:
+    """The meta.json of a prepared folder, whose files are checked to be there and complete.
+
+    Keys: tokenizer, vocab_size, eot (a token id), sources, val_fraction, dtype (of the .bin files),
+    skipped_files, dropped_documents, and for train and val each: documents, tokens, bytes (of UTF-8 text) and
+    sha256 (of the .bin file). Nats per token * tokens / bytes / ln 2 are bits per byte. Raises
+    FileNotFoundError if a file is missing, ValueError if one is damaged.
+    """
+    again = f"delete {folder} and run data/prepare.py again"
+    path = Path(folder, "meta.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"no prepared data in {folder}: run python data/prepare.py --out {folder} "
+                                "(your own texts, if any, go before --out)")
+    try:
+        meta = json.loads(path.read_bytes())
+        sizes = {split: meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize for split in SPLITS}
+        needed = [(meta, ("tokenizer", "vocab_size")), *((meta[split], ("bytes", "sha256")) for split in SPLITS)]
+        if not all(key in part for part, keys in needed for key in keys):
+            raise KeyError
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {again}") from error
+    for split, size in sizes.items():
+        path = Path(folder, f"{split}.bin")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: {again}")
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} is truncated or changed: it has {path.stat().st_size} bytes, meta.json "
+                             f"says {size}: {again}")
+    return meta
+
+
+def open_tokens(folder: str, split: str) -> np.memmap:
+    """The token ids of `split` ("train" or "val") of a prepared folder, on disk: 1-D and read-only.
+
+    Raises what load_meta raises.
+    """
+    return np.memmap(Path(folder, f"{split}.bin"), dtype=load_meta(folder)["dtype"], mode="r")
+
+
+def verify_tokens(folder: str) -> None:
+    """Read all of a prepared folder's tokens once, to know that they are what was prepared and in the vocabulary.
+
+    Raises ValueError if not, and what load_meta raises.
+    """
+    meta = load_meta(folder)
+    for split in SPLITS:
+        tokens, digest = open_tokens(folder, split), hashlib.sha256()
+        for start in range(0, len(tokens), PIECE):
+            piece = tokens[start : start + PIECE]
+            digest.update(piece)
+            if piece.max() >= meta["vocab_size"]:
+                raise ValueError(f"{folder}/{split}.bin has the token {piece.max()}, outside its vocabulary of "
+                                 f"{meta['vocab_size']}: delete {folder} and run data/prepare.py again")
+        if digest.hexdigest() != meta[split]["sha256"]:
+            raise ValueError(f"{folder}/{split}.bin has changed since it was prepared (its hash is not that of "
+                             f"meta.json): delete {folder} and run data/prepare.py again")
