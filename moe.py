@@ -75,8 +75,8 @@ class MoE(nn.Module):
         self.router = nn.Parameter(torch.empty(n_expert, n_embd))
         self.experts_up = nn.Parameter(torch.empty(n_expert, n_embd, 2 * d_ff))
         self.experts_down = nn.Parameter(torch.empty(n_expert, d_ff, n_embd))
-        self.register_buffer("bias", torch.zeros(n_expert))
-        self.register_buffer("load", torch.zeros(n_expert))
+        self.register_buffer("bias", torch.zeros(n_expert, dtype=torch.float32))
+        self.register_buffer("load", torch.zeros(n_expert, dtype=torch.float32))
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts of each token and their weights: x (N, n_embd) -> (N, top_k) indices, (N, top_k) weights.

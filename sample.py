@@ -1,74 +1,136 @@
-"""Write text with a trained model: python sample.py [--checkpoint out/toy] [--prompt "def "]
+"""Use a trained model: python sample.py [--checkpoint out/toy] [--prompt "def "]
 
-The checkpoint holds model, config and the tokenizer's name. The prompt is read once; after that each step feeds one
-new token per sample and finds the past in a key/value cache. Text appears as it is written.
+Writes text: the prompt is read once; then each step feeds one new token per sample and finds the
+past in a key/value cache. Text appears as it is written. With --evaluate it measures the model on
+prepared data instead, with --export_hf it writes the model for transformers.
 """
 
 import argparse
 import codecs
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import tiktoken
 import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from data.checkpoint import load_checkpoint
 from data.hf import export_hf
 from data.script import parse_args, run_script
-from data.tokens import load_tokenizer
-from kha import Transformer, fold
+from data.tokens import load_meta, load_tokenizer, open_tokens, sequences
+from kha import Positions, Transformer, fold
 
 
 def pick_device(name: str) -> str:
-    """The device to run on: `name`, or for "auto" the best there is. Raises ValueError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device to run on: `name`, or for "auto" the best there is. Raises ValueError if that
+    device is not available."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available["cpu"] = True
     if name == "auto":
-        return next(device for device, available in there.items() if available)
-    if not there.get(name, False):
-        choices = ", ".join(device for device, available in there.items() if available)
-        hint = " (CUDA_VISIBLE_DEVICES says which GPU)" if there["cuda"] else ""
+        return next(device for device, found in available.items() if found)
+    if not available.get(name, False):
+        choices = ", ".join(device for device, found in available.items() if found)
+        hint = " (CUDA_VISIBLE_DEVICES says which GPU)" if available["cuda"] else ""
         raise ValueError(f"device {name!r} is not available here: choose from {choices}{hint}")
     return name
 
 
+# --------------------------------------------------------------------------------------------------
+# The cache
+
+
+class LayerCache:
+    """What one layer keeps of the past: tensors (B, length, ...)."""
+
+    def __init__(self, length: int):
+        self.length, self.buffers = length, []
+
+    def update(self, positions: Positions, *new: Tensor) -> Iterable[Tensor]:
+        """Store `new` (B, T, ...) at the positions; returns what these tokens attend to (B, S, ...).
+
+        At the start of a text that is `new` itself (S = T), later the whole buffers (S = length).
+        Shapes never change after the start, and the positions are on the device: so a CUDA graph of
+        one step serves every later step.
+        """
+        if not self.buffers:
+            self.buffers = [x.new_zeros(len(x), self.length, *x.shape[2:]) for x in new]
+        for buffer, x in zip(self.buffers, new, strict=True):
+            buffer.index_copy_(1, positions.index, x)
+        return new if positions.mask is None else self.buffers
+
+
+class Cache:
+    """What a model keeps of the past, for texts of up to `length` tokens: a LayerCache a layer.
+
+    Raises ValueError if the model's context is shorter than `length`.
+    """
+
+    def __init__(self, model: Transformer, length: int):
+        if length > model.config.block_size:
+            raise ValueError(
+                f"{length} tokens are more than the model's context of {model.config.block_size}"
+            )
+        self.length = length
+        self.layers = [LayerCache(length) for _ in model.blocks]
+
+    def repeat(self, n: int) -> None:
+        """Let each sequence be n sequences that share this past."""
+        for layer in self.layers:
+            layer.buffers = [buffer.repeat_interleave(n, dim=0) for buffer in layer.buffers]
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+
 def sample_logits(
-    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> torch.Tensor:
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
+) -> Tensor:
     """Draw a token from each row of logits (B, V): (B,). Temperature 0 takes the likeliest.
 
-    top_k > 0 keeps the k likeliest tokens; top_p < 1 the fewest likeliest that together have at least probability p.
+    top_k > 0 keeps the k likeliest tokens; top_p < 1 keeps the fewest likeliest tokens that
+    together have at least probability p.
     """
     if temperature == 0:
         return logits.argmax(-1)
     values = logits.float() / temperature
-    if top_k or top_p < 1:
+    cuts = top_k > 0 or top_p < 1
+    if cuts:
         values, tokens = values.sort(dim=-1, descending=True)  # (B, V), likeliest first
         values = values[:, : top_k or None]
     probs = values.softmax(-1)
     if top_p < 1:
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # before it there is enough already
-    # The first of exponential clocks with these rates to ring: torch.multinomial would wait for the device.
-    drawn = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1, keepdim=True)  # (B, 1)
-    return (tokens.gather(-1, drawn) if top_k or top_p < 1 else drawn).squeeze(-1)
+        enough_before = probs.cumsum(-1) - probs >= top_p
+        probs = probs.masked_fill(enough_before, 0)
+    # This is the Gumbel-max trick in its exponential form. torch.multinomial would wait for the
+    # device.
+    noise = torch.empty_like(probs).exponential_(generator=generator)
+    drawn = (probs / noise).argmax(-1, keepdim=True)  # (B, 1)
+    return (tokens.gather(-1, drawn) if cuts else drawn).squeeze(-1)
 
 
 def can_capture(model: Transformer) -> bool:
-    """Whether a CUDA graph can take what the model does. It cannot where FSDP gathers weights on streams of its own, nor
-    where F.grouped_mm asks the CPU how many rows each expert has: it does except for bfloat16 on Hopper and its successor.
+    """Whether a CUDA graph can hold what the model does.
+
+    It cannot where FSDP gathers weights on streams of its own, nor where F.grouped_mm asks the CPU
+    how many rows each expert has. That it does except for bfloat16 on Hopper and Blackwell.
     """
     weight = model.embed.weight
     if not weight.is_cuda or hasattr(weight, "full_tensor"):
         return False
     native = torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
-    return not model.moes() or native and (model.compute_dtype or weight.dtype) == torch.bfloat16
+    dtype = model.compute_dtype or weight.dtype
+    return not model.moes() or native and dtype == torch.bfloat16
 
 
 def capture(step: Callable[[], Any], generator: torch.Generator | None = None) -> Callable[[], Any]:
-    """`step` as a CUDA graph, replayed by each call: the same kernels on the same memory, launched all at once. The result
-    is the same tensors each time. `step` must have run before; capturing does not run it. It may draw from `generator`.
-    """
+    """`step` as a CUDA graph: each call launches the same kernels on the same memory, all at once,
+    and returns the same tensors. `step` must have run before. It may draw from `generator`."""
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
@@ -84,44 +146,64 @@ def capture(step: Callable[[], Any], generator: torch.Generator | None = None) -
 
 @torch.inference_mode()
 def generate(
-    model: Transformer, prompt: list[int], n_samples: int = 1, max_new_tokens: int = 200, temperature: float = 0.8,
-    top_k: int = 0, top_p: float = 1.0, seed: int = 0, n_vocab: int | None = None, eot: int | None = None,
+    model: Transformer,
+    prompt: list[int],
+    n_samples: int = 1,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    n_vocab: int | None = None,
+    eot: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Continue `prompt`, token ids, n_samples times as one batch. Yields the next token of every sample, None for one
-    that has ended with token `eot`; stops when all have. Ids from n_vocab on are never drawn.
+    """Continue `prompt`, token ids, n_samples times as one batch. Yields the next token of every
+    sample, None for one that has ended with token `eot`; stops when all have ended. Ids from
+    n_vocab on are never drawn.
 
-    Raises ValueError, before anything is computed, for a prompt or a length that the model cannot take.
+    The model sees at most its context, block_size tokens: of a longer prompt the end. When a text
+    fills the context, its last half becomes the start of the cache and writing goes on.
+    Raises ValueError, before anything is computed, for a prompt or options that cannot be.
     """
-    config = model.config
+    config, device = model.config, model.embed.weight.device
     if not prompt:
         raise ValueError("the prompt is empty: give at least one token")
     if max(prompt) >= config.vocab_size or min(prompt) < 0:
-        raise ValueError(f"the prompt has a token outside the model's vocabulary of {config.vocab_size}")
+        raise ValueError(
+            f"the prompt has a token outside the model's vocabulary of {config.vocab_size}"
+        )
     if min(n_samples, max_new_tokens) < 1:
         raise ValueError("n_samples and max_new_tokens must be at least 1")
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
-        raise ValueError("temperature and top_k must not be negative, and top_p must be above 0 and at most 1")
-    length = len(prompt) + max_new_tokens
-    if length > config.block_size:
         raise ValueError(
-            f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones are more than the model's context of"
-            f" {config.block_size}: give a shorter prompt or a smaller --max_new_tokens"
+            "temperature and top_k must not be negative, and top_p must be above 0 and at most 1"
         )
-    device = next(model.parameters()).device
+    prompt = prompt[-config.block_size :]
+    used, length = len(prompt), min(config.block_size, len(prompt) + max_new_tokens)
     generator = torch.Generator(device).manual_seed(seed)
-    draw = partial(sample_logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    cache = model.new_cache(length)
-    with torch.compiler.set_stance("force_eager"):  # each length of a prompt would compile anew
-        logits = model(torch.tensor([prompt], device=device), cache=cache)[:, -1, :n_vocab]  # (1, V)
-    for past in cache:
-        past.repeat(n_samples)
+    draw = partial(
+        sample_logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+    )
+    cache = Cache(model, length)
+    texts = torch.zeros(n_samples, length, dtype=torch.long, device=device)  # what the cache holds
+
+    def read(start: Tensor) -> Tensor:
+        """Let the cache hold start (B, T), and return the logits after it: (B, V)."""
+        with torch.compiler.set_stance("force_eager"):  # each T would be compiled for itself
+            return model(start, cache=cache)[:, -1, :n_vocab]
+
+    start = torch.tensor([prompt], device=device)
+    texts[:, :used] = start
+    logits = read(start)  # (1, V)
+    cache.repeat(n_samples)
     tokens = draw(logits.repeat(n_samples, 1))  # (B,)
-    position = torch.tensor([len(prompt)], device=device)
+    index = torch.tensor([used], device=device)
 
     def step() -> None:
-        logits = model(tokens[:, None], cache=cache, positions=position)[:, -1, :n_vocab]  # (B, V)
+        texts.index_copy_(1, index, tokens[:, None])
+        logits = model(tokens[:, None], index=index, cache=cache)[:, -1, :n_vocab]  # (B, V)
         tokens.copy_(draw(logits))
-        position.add_(1)
+        index.add_(1)
 
     ended = [False] * n_samples
     on_gpu = device.type == "cuda"
@@ -130,21 +212,29 @@ def generate(
         if on_gpu:
             arrived = torch.cuda.current_stream().record_event()
         if i + 1 < max_new_tokens:  # the device goes on while this token is read
-            if i == 1 and can_capture(model):
-                step = capture(step, generator)
-            step()
+            if used == length:
+                used = max(1, length // 2)
+                start = torch.cat((texts[:, length - used + 1 :], tokens[:, None]), dim=1)
+                texts[:, :used] = start
+                tokens.copy_(draw(read(start)))
+                index.fill_(used)
+            else:
+                if i == 1 and can_capture(model):
+                    step = capture(step, generator)
+                step()
+                used += 1
         if on_gpu:
             arrived.synchronize()
         new = new.tolist()
-        ended = [end or token == eot for token, end in zip(new, ended)]
-        yield [None if end else token for token, end in zip(new, ended)]
+        ended = [end or token == eot for token, end in zip(new, ended, strict=True)]
+        yield [None if end else token for token, end in zip(new, ended, strict=True)]
         if all(ended):
             return
 
 
 def lighten(model: Transformer) -> Transformer:
-    """Make a trained model, in place, one for sampling only: its knocks folded, and on CUDA its parameters in bfloat16;
-    not the balancing bias, of which a step is finer. Returns it."""
+    """Make a trained model, in place, one for sampling only; returns it. Its knocks are folded, and
+    on CUDA its parameters become bfloat16, but not the balancing bias, which has finer steps."""
     fold(model)
     if model.embed.weight.is_cuda:
         for p in model.parameters():
@@ -153,12 +243,18 @@ def lighten(model: Transformer) -> Transformer:
 
 
 def compile_steps(model: Transformer, n_samples: int) -> None:
-    """Compile the model for `generate`'s steps of one token for each of n_samples: kernels are tuned, and launched before
-    the last one ends. In a dense model small ones become one, and the long sums of one sample are spread over the chip."""
-    # A mixture gains nothing by these, and torch, up to 2.13 at least, fails to combine kernels of which one sorts.
+    """Compile the model for `generate`'s steps of one token for each of n_samples.
+
+    Kernels are tuned, and launched before the last one ends. In a dense model small kernels become
+    one, and the long sums of one sample are spread over the chip.
+    """
+    # A mixture gains nothing by these two, and torch, up to 2.13 at least, fails to combine kernels
+    # of which one sorts.
     dense = not model.moes()
     options = {
-        "coordinate_descent_tuning": True, "triton.enable_pdl": True, "combo_kernels": dense,
+        "coordinate_descent_tuning": True,
+        "triton.enable_pdl": True,
+        "combo_kernels": dense,
         "triton.cooperative_reductions": dense and n_samples == 1,
     }
     for part in (*model.blocks, model.head):
@@ -166,62 +262,152 @@ def compile_steps(model: Transformer, n_samples: int) -> None:
 
 
 def token_bytes(tokenizer: tiktoken.Encoding, token: int) -> bytes:
-    """The bytes that a token stands for. Some tokenizers have gaps: an id that is no token is U+FFFD."""
+    """The bytes that a token stands for. Some tokenizers have gaps: an id that is no token is
+    U+FFFD."""
     try:
         return tokenizer.decode_single_token_bytes(token)
     except KeyError:
         return "\ufffd".encode()
 
 
-def write_samples(model: Transformer, tokenizer: tiktoken.Encoding, prompt: str, n_samples: int = 1, **options) -> None:
+def write_samples(
+    model: Transformer, tokenizer: tiktoken.Encoding, prompt: str, n_samples: int = 1, **options
+) -> None:
     """Print the prompt (an empty one: the start of a document) and its continuations by `generate`.
 
-    One sample streams as it is written; of several, each is printed when all are ready, under a ruler.
+    One sample streams as it is written; of several, each is printed when all are ready, under a
+    ruler.
     """
     ids = tokenizer.encode(prompt, disallowed_special=()) or [tokenizer.eot_token]
-    steps = generate(model, ids, n_samples, n_vocab=tokenizer.n_vocab, eot=tokenizer.eot_token, **options)
+    if len(ids) > model.config.block_size:
+        print(
+            f"note: the model sees the last {model.config.block_size} of the prompt's {len(ids)}"
+            " tokens, which is its context",
+            file=sys.stderr,
+        )
+    steps = generate(
+        model, ids, n_samples, n_vocab=tokenizer.n_vocab, eot=tokenizer.eot_token, **options
+    )
     # A token may end within a UTF-8 character: the decoder waits for the rest.
-    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(n_samples)]
+    new_decoder = codecs.getincrementaldecoder("utf-8")
+    decoders = [new_decoder(errors="replace") for _ in range(n_samples)]
     texts = [prompt] * n_samples
-    for step, new in enumerate(steps):
-        if n_samples == 1 and step == 0:
+    for i, new in enumerate(steps):
+        if n_samples == 1 and i == 0:
             print(prompt, end="", flush=True)
-        for i, token in enumerate(new):
-            text = "" if token is None else decoders[i].decode(token_bytes(tokenizer, token))
-            texts[i] += text
+        for j, token in enumerate(new):
+            text = "" if token is None else decoders[j].decode(token_bytes(tokenizer, token))
+            texts[j] += text
             if n_samples == 1:
                 print(text, end="", flush=True)
     rests = [decoder.decode(b"", final=True) for decoder in decoders]
     if n_samples == 1:
         print(rests[0])
         return
-    for i, (text, rest) in enumerate(zip(texts, rests), start=1):
-        print(f"--- {i} of {n_samples} ---\n{text}{rest}")
+    for j, (text, rest) in enumerate(zip(texts, rests, strict=True), start=1):
+        print(f"--- {j} of {n_samples} ---\n{text}{rest}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def on_device(rows: Tensor, device: str) -> Tensor:
+    """Rows on the device; a CUDA GPU copies them while the CPU goes on."""
+    if device.startswith("cuda"):
+        return rows.pin_memory().to(device, non_blocking=True)
+    return rows.to(device)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokens: np.ndarray,
+    length: int,
+    micro_batch: int,
+    device: str,
+    rank: int = 0,
+    n_process: int = 1,
+    shows: bool = False,
+) -> Tensor:
+    """This process's share of the mean loss, in nats a token, of sequences of `length` tokens side
+    by side: a scalar. The shares of all processes add up to the mean."""
+    n = (len(tokens) - 1) // length
+    firsts = range(0, n, micro_batch)
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), device=device)
+    # All processes take equally many turns, because FSDP needs them all in each.
+    for turn in tqdm(range(0, len(firsts), n_process), disable=None if shows else True):
+        i = min(turn + rank, len(firsts) - 1)
+        last = min(firsts[i] + micro_batch, n)
+        starts = range(firsts[i] * length, last * length, length)
+        rows = on_device(sequences(tokens, starts, length), device)  # (B, T + 1)
+        loss = model(rows[:, :-1], rows[:, 1:])
+        total += loss * len(rows) * (i == turn + rank)
+    model.train(was_training)
+    return total / n
+
+
+def bits_per_byte(loss: float, counts: dict) -> float:
+    """A loss in nats a token as bits a byte of text, by the counts of its split in meta.json."""
+    return loss / math.log(2) * counts["tokens"] / counts["bytes"]
+
+
+def measure(model: Transformer, tokenizer: str, folder: str, device: str) -> None:
+    """Print a model's held-out loss on prepared data. Raises ValueError if the data are in other
+    tokens than the model's, or too few."""
+    meta, tokens = load_meta(folder), open_tokens(folder, "val")
+    if meta["tokenizer"] != tokenizer:
+        raise ValueError(
+            f"{folder} is in tokens of {meta['tokenizer']} and the model in those of {tokenizer}:"
+            f" prepare that text with --tokenizer {tokenizer}"
+        )
+    length = min(model.config.block_size, len(tokens) - 1)
+    if length < 1:
+        raise ValueError(f"{folder} holds out {len(tokens)} tokens: prepare more text")
+    loss = evaluate(model, tokens, length, 8, device, shows=True).item()
+    print(
+        f"{loss:.4f} nats per token, {bits_per_byte(loss, meta['val']):.4f} bits per byte"
+        f" ({len(tokens):,} held-out tokens of {folder}, in sequences of {length})"
+    )
 
 
 def main(argv: list[str]) -> None:
+    """The command line. Raises ValueError or OSError for bad input."""
     parser = argparse.ArgumentParser("sample.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--checkpoint", default="out/toy", help="a run's folder, or one file of it")
-    parser.add_argument("--prompt", default="", help="text to continue; - reads standard input; default: a new document")
-    parser.add_argument("--n_samples", type=int, default=1)
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
-    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of probability p")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    parser.add_argument("--compile", action="store_true", help="a minute first, then faster: for long texts on CUDA")
-    parser.add_argument("--export_hf", metavar="FOLDER", help="write a model for transformers there, instead of text")
+    add = parser.add_argument
+    add("--checkpoint", default="out/toy", help="a run's folder (the best of it), or a file")
+    add("--prompt", default="", help="text to continue, - for standard input; default: none")
+    add("--n_samples", type=int, default=1, help="texts to write (default: 1)")
+    add("--max_new_tokens", type=int, default=200, help="length of each (default: 200)")
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
+    add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
+    add("--top_p", type=float, default=1.0, help="draw from the likeliest of probability p")
+    add("--seed", type=int, default=0, help="the same seed draws the same text (default: 0)")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--compile", action="store_true", help="a minute first, then faster; CUDA only")
+    add("--evaluate", metavar="DATA", help="print the held-out loss on this prepared data instead")
+    add("--export_hf", metavar="FOLDER", help="write the model for transformers there instead")
     options = vars(parse_args(parser, argv))
 
     device, folder = pick_device(options.pop("device")), options.pop("export_hf")
-    if (compiled := options.pop("compile")) and not device.startswith("cuda"):
+    compiled, data = options.pop("compile"), options.pop("evaluate")
+    if compiled and not device.startswith("cuda"):
         raise ValueError(f"--compile is for CUDA: leave it out on {device}")
     model, checkpoint = load_checkpoint(options.pop("checkpoint"), device)
+    loss = checkpoint.get("val_loss")
+    held_out = f", held-out loss {loss:.4f}" if loss is not None else ""
+    print(f"{checkpoint['path']}: step {checkpoint['step']}{held_out}", file=sys.stderr)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     if folder is not None:
         export_hf(model, folder, tokenizer.eot_token)
         print(f"wrote {folder}")
+        return
+    if data is not None:
+        if device.startswith("cuda"):
+            model.compute_dtype = torch.bfloat16  # as in training
+        measure(model, checkpoint["tokenizer"], data, device)
         return
     lighten(model)
     if compiled:

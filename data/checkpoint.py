@@ -1,86 +1,220 @@
-"""Checkpoints: one file of tensors and plain data, never code."""
+"""Checkpoints: one file of tensors and plain data, never code.
+
+A run's folder holds step-N.pt, the last two, and best.pt, the one with the lowest held-out loss of
+those that were saved right after an evaluation. A checkpoint is a dictionary:
+
+    format      FORMAT, the version of this layout
+    step        how many updates were done
+    config      all fields of kha.Config
+    train       all fields of train.TrainConfig
+    tokenizer   the name of the tokenizer
+    data        sha256 of the run's train.bin
+    val_loss    held-out loss, nats a token, if it was evaluated at this step, else None
+    model       the state dict of the model, whole tensors
+    optimizer   that of the optimizer; it is missing before the first update
+"""
 
 import errno
 import glob
 import os
 import pickle
+import shutil
+import sys
+import threading
 import zipfile
 import zlib
 
 import torch
+from torch import nn
+from torch.distributed.checkpoint import state_dict as sharded
 
 from kha import Config, Transformer
 
+FORMAT = 2  # 1 had the knocks beside the projections, as knock_v, and no "format"
+KEYS = ("format", "step", "config", "train", "tokenizer", "model")
 
-def save_checkpoint(folder: str, checkpoint: dict) -> None:
-    """Write a checkpoint to folder/step-N.pt, N its "step", and remove all but the last two up to it: later ones can
-    only be damaged, a run that finds them whole goes on from them.
 
-    The file appears whole or not at all: it is written under another name, brought to the disk and then renamed.
-    Raises OSError if it cannot be written; the earlier ones then stand.
+def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """The "model" and "optimizer" of a checkpoint, copied to the CPU: whole tensors, also where
+    FSDP has them in parts. All processes call it; the first one gets the tensors."""
+    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    parts = {"model": sharded.get_model_state_dict(model, options=options)}
+    if optimizer.state:  # before its first update the call below would make one up
+        parts["optimizer"] = sharded.get_optimizer_state_dict(model, optimizer, options=options)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return clone(parts) if on_cpu else parts  # the next update must not change what is being saved
+
+
+def clone(tree):
+    """A copy of nested dictionaries and lists with all their tensors."""
+    if isinstance(tree, dict):
+        return {key: clone(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [clone(value) for value in tree]
+    return tree.clone() if isinstance(tree, torch.Tensor) else tree
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
+    """Put a checkpoint's tensors into a model and an optimizer, in place.
+
+    Of the optimizer's state only the moments are taken, not its settings.
+    """
+    options = sharded.StateDictOptions(full_state_dict=True)
+    sharded.set_model_state_dict(model, checkpoint["model"], options=options)
+    if "optimizer" not in checkpoint:
+        return
+    settings = [dict(group, params=None) for group in optimizer.param_groups]
+    sharded.set_optimizer_state_dict(model, optimizer, checkpoint["optimizer"], options=options)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update({key: value for key, value in own.items() if key != "params"})
+
+
+class Saver:
+    """Writes checkpoints in a thread, while training goes on."""
+
+    def __init__(self, folder: str):
+        self.folder, self.thread, self.error = folder, None, None
+
+    def save(self, checkpoint: dict, best: bool) -> None:
+        """Start `save_checkpoint`. Waits for the one before; raises its OSError if it failed."""
+        self.wait()
+
+        def run():
+            try:
+                save_checkpoint(self.folder, checkpoint, best)
+            except OSError as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=run)
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Wait until all is on the disk. Raises OSError if a checkpoint could not be written."""
+        if self.thread:
+            self.thread.join()
+        self.thread, error, self.error = None, self.error, None
+        if error:
+            raise error
+
+
+def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
+    """Write a checkpoint to folder/step-N.pt, N its "step", and remove all but the last two up to
+    it. (Later ones can only be damaged: a run that finds them whole goes on from them.) `best`
+    makes it best.pt as well.
+
+    A file appears whole or not at all: it is written under another name, brought to the disk and
+    then renamed. Raises OSError if it cannot be written; the earlier ones then stand.
     """
     name = f"step-{checkpoint['step']:08d}.pt"
     temporary = os.path.join(folder, "checkpoint.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
+        torch.save(checkpoint, temporary)
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
+        if best:
+            keep_as_best(folder, temporary)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         if os.path.exists(temporary):
             os.remove(temporary)
-        reason = ("" if isinstance(error, OSError) else "as on a full disk: ") + str(error).split("\n")[0]
-        raise OSError(f"cannot save to {folder} ({reason}): the earlier checkpoints there stand") from error
+        reason = str(error).split("\n")[0]
+        if not isinstance(error, OSError):
+            reason = f"as on a full disk: {reason}"
+        raise OSError(
+            f"cannot save to {folder} ({reason}): the earlier checkpoints there stand"
+        ) from error
     os.replace(temporary, os.path.join(folder, name))
     if os.name == "posix":  # bring the new name to the disk before an old file goes
         entries = os.open(folder, os.O_RDONLY)
         os.fsync(entries)
         os.close(entries)
-    there = list_checkpoints(folder)
-    last_two = [path for path in there if os.path.basename(path) <= name][:2]
-    for path in set(there) - set(last_two):
+    saved = list_checkpoints(folder)
+    last_two = [path for path in saved if os.path.basename(path) <= name][:2]
+    for path in set(saved) - set(last_two):
         os.remove(path)
 
 
+def keep_as_best(folder: str, path: str) -> None:
+    """Make best.pt the content of a file. A second name costs no space; some disks need a copy."""
+    second = os.path.join(folder, "best.tmp")
+    if os.path.exists(second):
+        os.remove(second)
+    try:
+        os.link(path, second)
+    except OSError:
+        shutil.copyfile(path, second)
+    os.replace(second, os.path.join(folder, "best.pt"))
+
+
 def list_checkpoints(folder: str) -> list[str]:
-    """The checkpoints in a run's folder, newest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), f"step-{8 * '[0-9]'}.pt")), reverse=True)
+    """The checkpoints step-N.pt in a run's folder, newest first."""
+    pattern = os.path.join(glob.escape(folder), f"step-{8 * '[0-9]'}.pt")
+    return sorted(glob.glob(pattern), reverse=True)
+
+
+def read_newest(paths: list[str]) -> dict:
+    """The first checkpoint of paths, newest first, that is whole; says so if it is an older one."""
+    for path in paths[:-1]:
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            print(f"train.py: warning: {error}: going on from the checkpoint before it",
+                  file=sys.stderr)
+    return read_checkpoint(paths[-1])
 
 
 def read_checkpoint(path: str) -> dict:
-    """What save_checkpoint wrote: tensors, on the CPU, and plain data; code in the file is never run.
+    """What save_checkpoint wrote: tensors, on the CPU, and plain data. Code in it is never run.
 
-    Raises ValueError if the file is damaged, be it by one bit, or not a checkpoint; OSError if it cannot be read.
+    Raises ValueError if the file is damaged, even by one bit, or not a checkpoint; OSError if it
+    cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as file:
             if damaged := file.testzip():
                 raise ValueError(f"{damaged} in it fails its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        Config(**checkpoint["config"])
-        if missing := {"model", "step", "tokenizer"} - set(checkpoint):
+        version = checkpoint.get("format", 1)
+        if "model" in checkpoint and version != FORMAT:
+            raise FormatError(
+                f"{path} has the checkpoint format {version} and this version of the project has"
+                f" {FORMAT}: use the version that wrote it, or train again"
+            )
+        if missing := set(KEYS) - set(checkpoint):
             raise LookupError(f"it lacks {', '.join(sorted(missing))}")
+        Config(**checkpoint["config"])
         return checkpoint
+    except FormatError:
+        raise
     except (
-        OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile, zlib.error,
-        pickle.UnpicklingError,
-    ) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a seek to where a damaged file points
+        OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError,
+        zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
+    ) as error:  # fmt: skip
+        # A damaged file may point outside itself, which the system calls an invalid argument.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
+        raise ValueError(
+            f"{path} is damaged or not a checkpoint of this project ({reason})"
+        ) from error
+
+
+class FormatError(ValueError):
+    """A checkpoint of another version of the project."""
 
 
 def load_checkpoint(path: str, device: str = "cpu") -> tuple[Transformer, dict]:
-    """The model in a checkpoint, in evaluation mode, and all else that the checkpoint holds. `path` names a file, or a
-    run's folder for the newest in it.
+    """The model in a checkpoint, in evaluation mode, and all else that the checkpoint holds.
 
+    `path` names a file, or a run's folder: then best.pt in it, or if there is none the newest.
     Raises FileNotFoundError if there is none, ValueError if it is damaged.
     """
-    if os.path.isdir(path) and list_checkpoints(path):
-        path = list_checkpoints(path)[0]
+    if os.path.isdir(path):
+        candidates = [os.path.join(path, "best.pt"), *list_checkpoints(path)]
+        path = next((file for file in candidates if os.path.isfile(file)), path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no checkpoint at {path}: train one with train.py, or name another")
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: train one with train.py, or name another"
+        )
     checkpoint = read_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(Config(**checkpoint["config"]))
@@ -88,4 +222,4 @@ def load_checkpoint(path: str, device: str = "cpu") -> tuple[Transformer, dict]:
         model.to_empty(device=device).load_state_dict(checkpoint["model"])
     except (RuntimeError, LookupError, TypeError) as error:
         raise ValueError(f"{path} does not hold the weights of its config") from error
-    return model.eval(), checkpoint
+    return model.eval(), {**checkpoint, "path": path}

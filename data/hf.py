@@ -11,8 +11,9 @@ import os
 import types
 
 import torch
+from torch import nn
 
-from kha import Config, Transformer, absorb
+from kha import Config, Transformer, absorb, init_weights, knocks_of
 
 HF_SIZES = {  # field of Config -> key of config.json
     "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
@@ -77,8 +78,8 @@ def export_hf(model: Transformer, folder: str, eot: int | None = None) -> None:
     safetensors = import_safetensors()
 
     ours, weights = model.state_dict(), {}
-    for place, knock in model.knocks().items():
-        projection = f"{place.replace('knock_', 'w')}.weight"
+    for place, knock in knocks_of(model).items():
+        projection = f"{place.removesuffix('.knock')}.weight"
         ours[projection] = absorb(ours[projection].double(), knock.t.double()).to(ours[projection])
     for our, theirs in hf_names(c).items():
         weight = ours[our]
@@ -151,10 +152,11 @@ def import_hf(folder: str, **changes) -> Transformer:
             raise ValueError(f"cannot import {folder}: ours has no place for {min(theirs)}")
         with torch.device("meta"):
             model = Transformer(config)
+        knocks = {place: knock.to_empty(device="cpu") for place, knock in knocks_of(model).items()}
         model.load_state_dict(weights, strict=False, assign=True)  # all but the knocks
     except (KeyError, RuntimeError, json.JSONDecodeError, safetensors.SafetensorError) as error:
         reason = str(error).strip().split("\n")[-1].strip()
         raise ValueError(f"{folder} is damaged or not a Qwen3 model ({reason})") from error
-    for knock in model.knocks().values():
-        knock.to_empty(device="cpu").reset_parameters()
+    for knock in knocks.values():
+        init_weights(nn.ModuleDict({"knock": knock}), config)
     return model

@@ -1,11 +1,33 @@
-"""A run's log.jsonl."""
+"""A run's log.jsonl and its progress on the terminal.
+
+log.jsonl has one JSON object a line, written as things happen:
+- the settings, first and again where a resumed run has others: step (after which they hold), config
+  and train (all fields of both), data (sha256 of train.bin), n_process, device, torch (version);
+- each update: step, loss (nats a token), lr, grad_norm (before clipping), worst_load (of a mixture:
+  the busiest expert's load over the mean, in the worst layer), tokens_per_s, on CUDA memory_gib
+  (the peak so far, of one process), on known GPUs mfu (of the datasheet's bfloat16 FLOP/s), and
+  over the whole run so far spikes and skipped (see `Log`);
+- each evaluation: step, val_loss (nats a token), val_bpb (bits a byte), knocks (how far each knock
+  has come, see figures.knock_movement).
+A number that is not finite is a string, such as "nan".
+"""
 
 import errno
 import json
 import math
 import os
 import statistics
+import sys
+import time
 from collections import deque
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from data.checkpoint import list_checkpoints
+from data.figures import PEAK_FLOPS, count_params, flops_per_token, of_gpu
+from kha import Transformer
 
 try:
     import fcntl
@@ -13,70 +35,201 @@ except ImportError:  # Windows
     fcntl = None
 
 SPIKE = 6  # deviations above the median of the last 100 losses that make a loss a spike
+MAX_SKIPPED = 10  # updates in a row that are not finite before a run gives up
+SECONDS_A_LINE = 10  # between lines of progress where there is no terminal
 
 
 class Log:
-    """The run's log.jsonl: one line for each update and each evaluation, written as they come.
+    """A run's log.jsonl, and its counts over the whole run.
 
-    `spikes` and `skipped` count, over the whole run, the losses more than SPIKE deviations (median absolute deviation
-    * 1.4826) above the median of the up to 100 before (from the 21st on), and the updates left out since something was
-    not finite.
+    `spikes` counts the losses that are more than SPIKE deviations above the median of the up to 100
+    losses before, from the 21st loss on. A deviation is 1.4826 times the median absolute deviation.
+    `skipped` counts the updates that were left out because loss or gradient was not finite, and
+    `skipped_in_a_row` the latest of these. `best` is the lowest held-out loss.
     """
 
-    def __init__(self, out: str, last_step: int, writes: bool):
-        """Go on after `last_step`: what an earlier try wrote behind it is cut off, and the counts are read back.
+    def __init__(self, out: str, last_step: int, writes: bool = True):
+        """Go on after `last_step`: cut off what an earlier try wrote behind it, read the counts.
 
-        Raises ValueError if there is a log that does not reach `last_step`, or if another run is writing it.
+        Raises ValueError if a log is there that does not reach `last_step`, or if another run is
+        writing it.
         """
         path = os.path.join(out, "log.jsonl")
-        self.losses, self.spikes, self.skipped, self.skipped_in_a_row = deque(maxlen=100), 0, 0, 0
-        reached = kept = 0  # last step and bytes of the lines to keep
-        if last_step and os.path.exists(path):
-            with open(path, "rb") as file:
-                for line in file:
-                    try:
-                        record = json.loads(line)
-                        if record["step"] > last_step or not line.endswith(b"\n"):
-                            break
-                        if "loss" in record:
-                            self.count(float(record["loss"]), record["skipped"] == self.skipped)
-                        reached, kept = record["step"], kept + len(line)
-                    except (ValueError, TypeError, KeyError):
-                        break  # half a line: the run was killed in the middle of it
-            if reached < last_step and os.path.getsize(path):
-                raise ValueError(f"{path} is damaged after step {reached}, the run goes on after step {last_step}: mend that"
-                                 f" line, or move the file away to go on without the log until then")
-        self.file = None
-        if writes:
-            os.makedirs(out, exist_ok=True)
-            self.file = open(path, "ab", buffering=0)  # a line is one write
-            if fcntl:
+        self.losses = deque(maxlen=100)
+        self.spikes = self.skipped = self.skipped_in_a_row = 0
+        self.best, self.settings, self.file = math.inf, None, None
+        kept = self.read(path, last_step) if last_step and os.path.exists(path) else 0
+        if not writes:
+            return
+        os.makedirs(out, exist_ok=True)
+        self.file = open(path, "ab", buffering=0)  # a line is one write
+        if fcntl:
+            try:
+                # The lock lasts until the process ends, however it ends.
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ValueError(
+                    f"another run is writing {out}: choose another --out, or stop that run"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+        self.file.truncate(kept)
+
+    def read(self, path: str, last_step: int) -> int:
+        """Take counts from the lines up to `last_step`; returns how many bytes these have."""
+        reached = kept = 0
+        with open(path, "rb") as file:
+            for line in file:
                 try:
-                    fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
-                except (BlockingIOError, PermissionError):
-                    raise ValueError(f"another run is writing {out}: choose another --out, or stop that run") from None
-                except OSError:
-                    pass  # a file system without locks
-            self.file.truncate(kept)
+                    record = json.loads(line)
+                    if record["step"] > last_step or not line.endswith(b"\n"):
+                        break
+                    if "loss" in record:
+                        self.take(float(record["loss"]), record["spikes"], record["skipped"])
+                    self.best = min(self.best, float(record.get("val_loss", math.inf)))
+                    self.settings = record if "config" in record else self.settings
+                    reached, kept = record["step"], kept + len(line)
+                except (ValueError, TypeError, KeyError):
+                    break  # half a line: the run was killed in the middle of it
+        if reached < last_step and os.path.getsize(path):
+            raise ValueError(
+                f"{path} is damaged after step {reached}, and the run goes on after step"
+                f" {last_step}: mend that line, or move the file away to go on without it"
+            )
+        return kept
+
+    def take(self, loss: float, spikes: int, skipped: int) -> None:
+        """Count an update: `spikes` and `skipped` are the new counts."""
+        if skipped == self.skipped:
+            self.skipped_in_a_row = 0
+            self.losses.append(loss)
+        else:
+            self.skipped_in_a_row += 1
+        self.spikes, self.skipped = spikes, skipped
 
     def count(self, loss: float, finite: bool) -> None:
-        if not finite:
-            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-            return
-        self.skipped_in_a_row = 0
-        if len(self.losses) >= 20:
+        """Count an update with this loss. One that is not `finite` was left out."""
+        spike = False
+        if finite and len(self.losses) >= 20:
             median = statistics.median(self.losses)
             deviation = 1.4826 * statistics.median(abs(x - median) for x in self.losses)
-            self.spikes += loss > median + SPIKE * deviation
-        self.losses.append(loss)
+            spike = loss > median + SPIKE * deviation
+        self.take(loss, self.spikes + spike, self.skipped + (not finite))
+
+    def begin(
+        self, model: Transformer, settings: dict, device: str, n_process: int, start: int
+    ) -> None:
+        """Start the clock and the progress, and write the settings if they are not those of the
+        lines so far. `settings` has the fields of both configs and what else stands in line 1."""
+        train, self.device, self.clock = settings["train"], device, time.perf_counter()
+        self.out, self.batch_tokens = train["out"], train["batch_tokens"]
+        name = device if not device.startswith("cuda") else torch.cuda.get_device_name(device)
+        peak, flops = of_gpu(PEAK_FLOPS, name), flops_per_token(model, model.config.block_size)
+        self.mfu_of_a_token = flops / (peak * n_process) if peak else None
+        where = {"n_process": n_process, "device": name, "torch": torch.__version__}
+        train = {key: value for key, value in train.items() if key != "out"}  # it may be moved
+        record = {"step": start, **settings, "train": train, **where}
+        if {**(self.settings or {}), "step": start} != record:
+            self.write(**record)
+        self.progress = Progress(train["steps"], start, shows=self.file is not None)
+        total, active = count_params(model)
+        self.say(
+            f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; {train['steps']} steps of"
+            f" {train['batch_tokens']} tokens on {n_process} x {device.split(':')[0]}; writing"
+            f" {self.out}" + (f", going on after step {start}" if start else "")
+        )
+
+    def update(self, step: int, lr: float, numbers: Callable[[], list]) -> tuple[bool, bool]:
+        """Wait for an update's numbers and log them: loss, grad_norm, worst_load (0 for a dense
+        model), whether they are finite, and whether a signal came; returns these last two.
+
+        Raises ValueError after MAX_SKIPPED updates in a row that were not finite.
+        """
+        loss, grad_norm, worst_load, finite, stopping = numbers()
+        record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        if worst_load:
+            record["worst_load"] = worst_load
+        record["tokens_per_s"] = self.batch_tokens / self.restart_clock()
+        if self.device.startswith("cuda"):
+            record["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        if self.mfu_of_a_token:
+            record["mfu"] = record["tokens_per_s"] * self.mfu_of_a_token
+        self.count(loss, bool(finite))
+        self.write(**record, spikes=self.spikes, skipped=self.skipped)
+        self.progress.update(record)
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            way = "start again with a lower --lr"
+            if list_checkpoints(self.out):
+                way = (
+                    f"go on with --resume and a lower --lr from what is saved in {self.out}, after"
+                    " deleting the newest checkpoint if it fails again"
+                )
+            raise ValueError(
+                f"{MAX_SKIPPED} updates in a row, the last step {step}, had a loss or gradient"
+                f" that is not finite: {way}"
+            )
+        return bool(finite), bool(stopping)
+
+    def restart_clock(self) -> float:
+        """Start the clock of the next update; returns the seconds since it last started."""
+        before, self.clock = self.clock, time.perf_counter()
+        return self.clock - before
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress; nothing in processes that do not write."""
+        if self.file:
+            self.progress.bar.write(text)
+
+    def evaluation(self, step: int, val_loss: float, val_bpb: float, knocks: dict) -> bool:
+        """Log an evaluation. Returns whether its loss is the lowest so far."""
+        self.write(step=step, val_loss=val_loss, val_bpb=val_bpb, knocks=knocks)
+        self.say(
+            f"step {step}: held-out loss {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte"
+        )
+        best = val_loss < self.best
+        self.best = min(self.best, val_loss)
+        return best
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """End the progress."""
+        self.progress.bar.close()
 
     def write(self, **record) -> None:
-        if self.file:
-            numbers = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in record.items()}
-            line = f"{json.dumps(numbers)}\n".encode()
-            try:
-                if self.file.write(line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                reason = f"cannot write {self.file.name} ({error.strerror}): the checkpoints beside it stand"
-                raise OSError(reason) from error
+        """Append a line. Raises OSError if it cannot be written."""
+        if not self.file:
+            return
+        for key, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[key] = str(value)
+        line = f"{json.dumps(record)}\n".encode()
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            reason = f"cannot write {self.file.name} ({error.strerror})"
+            raise OSError(f"{reason}: the checkpoints beside it stand") from error
+
+
+class Progress:
+    """A bar on a terminal; where there is none, a plain line of output every SECONDS_A_LINE."""
+
+    def __init__(self, total: int, done: int, shows: bool = True):
+        self.shows, self.total, self.written = shows, total, time.monotonic()
+        bar = shows and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=not bar)
+
+    def update(self, record: dict) -> None:
+        """Show an update's line of the log."""
+        text = f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s"
+        if "mfu" in record:
+            text += f"  mfu {record['mfu']:.1%}"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        late = time.monotonic() - self.written > SECONDS_A_LINE
+        if self.shows and self.bar.disable and (late or record["step"] == self.total):
+            self.written = time.monotonic()
+            print(f"step {record['step']} of {self.total}: {text}", flush=True)

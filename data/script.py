@@ -1,10 +1,14 @@
 """The command line of the scripts prepare.py, train.py and sample.py: options, and errors of one line."""
 
 import argparse
+import dataclasses
 import difflib
+import inspect
 import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -48,3 +52,58 @@ def nearest(word: str, choices: Iterable[str], otherwise: str) -> str:
     """The hint that ends an error message about the unknown `word`."""
     matches = difflib.get_close_matches(word, choices, n=1)
     return f"did you mean {matches[0]}?" if matches else otherwise
+
+
+def add_fields(
+    prog: str, doc: str, configs: dict, default: str, classes: Iterable[type]
+) -> argparse.ArgumentParser:
+    """A parser with the name of one of `configs`, and every field of these dataclasses as an option
+    without a default. The comment beside a field is its help."""
+    parser = argparse.ArgumentParser(
+        prog, description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "config", nargs="?", default=default, choices=configs, help=f"default: {default}"
+    )
+    for cls in classes:
+        source = inspect.getsource(cls)
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+        for field in dataclasses.fields(cls):
+            how = {"type": field.type}
+            if field.type is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            text = f"{comments[field.name]} (default: {field.default!r}, or the config's own)"
+            parser.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **how)
+    return parser
+
+
+class Signals:
+    """A context in which SIGTERM, Ctrl-C and SIGHUP (a closed terminal) only set `came`.
+
+    A second one ends the process at once. Within a second of the first it is an echo: a scheduler
+    signals torchrun and its processes, and torchrun passes it on to these.
+    """
+
+    def __enter__(self):
+        self.first = None
+        numbers = [signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)]
+        self.before = {number: signal.getsignal(number) for number in numbers}
+        for number, handler in self.before.items():
+            if handler != signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
+                signal.signal(number, self.receive)
+        return self
+
+    def receive(self, number: int, _) -> None:
+        now = time.monotonic()
+        self.first = self.first or now
+        if now - self.first > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    @property
+    def came(self) -> bool:
+        return self.first is not None
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

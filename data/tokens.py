@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiktoken
+import torch
 
 from data.script import nearest
 
@@ -100,3 +102,17 @@ def verify_tokens(folder: str) -> None:
         if digest.hexdigest() != meta[split]["sha256"]:
             raise ValueError(f"{folder}/{split}.bin has changed since it was prepared (its hash is not that of "
                              f"meta.json): delete {folder} and run data/prepare.py again")
+
+
+def sequences(tokens: np.ndarray, starts: Iterable[int], length: int) -> torch.Tensor:
+    """The length + 1 ids from each of `starts` on, one a row: (len(starts), length + 1)."""
+    return torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
+
+
+def draw_batch(
+    tokens: np.ndarray, batch: int, length: int, seed: int, step: int, rank=0, n_process=1
+) -> torch.Tensor:
+    """This process's share of the sequences of one update: (batch / n_process, length + 1) ids from
+    random places, which are a function of seed and step alone."""
+    starts = np.random.default_rng([seed, step]).integers(len(tokens) - length, size=batch)
+    return sequences(tokens, starts[rank::n_process], length)

@@ -82,7 +82,7 @@ def mla(c, w, project):
         g = h // (c.n_head // c.n_kv_head)
         latent = rms_norm(project("kv_latent")[:, :, 0, g * rank : (g + 1) * rank], w["kv_norm.weight"], c.norm_eps)
         k, v = (
-            knock(getattr(c, f"knock_{part}"), {"t": w.get(f"knock_{part}.t")},
+            knock(getattr(c, f"knock_{part}"), {"t": w.get(f"w{part}.knock.t")},
                   (latent @ w[f"w{part}.weight"][h * D : (h + 1) * D].T)[:, :, None])[:, :, 0]
             for part in "kv"
         )
@@ -112,7 +112,7 @@ def forward(config, weights, tokens):
             if part == "kv_latent":
                 width = c.kv_rank
             z = (source @ w[f"w{part}.weight"].T).unflatten(-1, (-1, width))
-            matrices = {m: w.get(f"knock_{part}.{m}") for m in ("t", "up", "gate", "down")}
+            matrices = {m: w.get(f"w{part}.knock.{m}") for m in ("t", "up", "gate", "down")}
             return knock(getattr(c, f"knock_{part}", "none"), matrices, z)
 
         x = x + torch.cat({"gqa": gqa, "gta": gta, "mla": mla}[c.attention](c, w, project), -1) @ w["wo.weight"].T

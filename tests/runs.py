@@ -63,9 +63,10 @@ def log_of(out):
 
 
 def untimed(out):
-    """The log but for what differs from run to run."""
+    """The log's updates and evaluations, but for what differs from run to run."""
     timed = ("tokens_per_s", "mfu", "memory_gib")
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines_of(out)]
+    lines = [line for line in lines_of(out) if "config" not in line]
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 
 
 def weights_of(out):

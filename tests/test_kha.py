@@ -2,19 +2,29 @@
 
 import copy
 import dataclasses
-import resource
 
 import pytest
 import torch
-import torch.nn as nn
 
 import kha
-from data.checkpoint import load_checkpoint, save_checkpoint
-from kha import (
-    CONFIGS, KNOCKS, Cache, Config, Linear, Transformer, count_params, flops_per_token, fold, heads,
-    memory_per_gpu, paper_flops, rope_tables, rotate,
+import sample
+from data import loss as chunked
+from data.figures import (
+    knock_movement,
 )
-from sample import generate
+from data.loss import chunked_loss
+from kha import (
+    CONFIGS,
+    Config,
+    Heads,
+    Knock,
+    Transformer,
+    fold,
+    knocks_of,
+    rope_tables,
+    rotate,
+)
+from sample import Cache, generate
 from tests import reference
 from tests.reference import scramble
 
@@ -33,20 +43,19 @@ def build(name, **overrides):
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_knock_is_the_equation_forward_and_backward(kind, dtype, tolerance):
     torch.manual_seed(0)
-    projection, knock = Linear(12, 3 * 8), KNOCKS[kind](8)
-    both = scramble(nn.ModuleList((projection, knock)).to(dtype))
+    heads = scramble(Heads(12, 3, 8, kind).to(dtype))
     x = torch.randn(2, 5, 12, dtype=dtype, requires_grad=True)
     out_grad = torch.randn(2, 5, 3, 8, dtype=torch.float64)
-    y = heads(x, projection, knock)
+    y = heads(x)
     y.backward(out_grad.to(dtype))
 
-    exact = {name.split(".")[-1]: p.detach().double().requires_grad_() for name, p in both.named_parameters()}
+    exact = {name.split(".")[-1]: p.detach().double().requires_grad_() for name, p in heads.named_parameters()}
     exact_x = x.detach().double().requires_grad_()
     exact_y = reference.knock(kind, exact, (exact_x @ exact["weight"].T).unflatten(-1, (3, 8)))
     exact_y.backward(out_grad)
     torch.testing.assert_close(y.double(), exact_y, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=tolerance, atol=10 * tolerance)
-    for name, p in both.named_parameters():  # every head's gradient arrives in the one shared matrix
+    for name, p in heads.named_parameters():  # every head's gradient arrives in the one shared matrix
         expected = exact[name.split(".")[-1]].grad
         torch.testing.assert_close(p.grad.double(), expected, rtol=tolerance, atol=100 * tolerance)
 
@@ -56,7 +65,7 @@ def test_knock_is_the_equation_forward_and_backward(kind, dtype, tolerance):
 @pytest.mark.parametrize("n_token", [1, 77, 4096], ids=["less than a tile", "uneven tiles", "many tiles"])
 def test_the_kernel_is_the_equation_forward_and_backward(head_dim, n_token):
     torch.manual_seed(0)
-    knock = scramble(KNOCKS["mlp"](head_dim)).to("cuda", torch.bfloat16)
+    knock = scramble(Knock("mlp", head_dim)).to("cuda", torch.bfloat16)
     x = torch.randn(2, n_token, 3, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     y_grad = torch.randn_like(x).mT.contiguous().mT  # not contiguous, as attention's may be
     assert kha.can_fuse(x) or head_dim == 128 and torch.cuda.get_device_capability() < (9, 0)
@@ -82,7 +91,7 @@ def test_at_step_0_the_model_is_the_baseline_bit_for_bit(place, kind, dtype):
     without = Transformer(baseline, dtype)
     torch.manual_seed(7)
     knocking = Transformer(dataclasses.replace(baseline, **{place: kind}), dtype)
-    assert list(knocking.knocks()) == [f"blocks.{i}.attn.{place}" for i in range(2)]
+    assert list(knocks_of(knocking)) == [f"blocks.{i}.attn.w{place[-1]}.knock" for i in range(2)]
     assert torch.equal(without(tokens), knocking(tokens))
 
 
@@ -90,19 +99,19 @@ def test_at_step_0_the_model_is_the_baseline_bit_for_bit(place, kind, dtype):
 def test_one_set_of_knock_matrices_serves_all_heads(kind, matrices):
     for n_head in (2, 6):
         model = Transformer(Config(**{**SMALL, "n_head": n_head, "n_kv_head": n_head, "knock_v": kind}))
-        knocks = [p for place, knock in model.knocks().items() if "blocks.0" in place for p in knock.parameters()]
+        knocks = [p for place, knock in knocks_of(model).items() if "blocks.0" in place for p in knock.parameters()]
         assert [tuple(p.shape) for p in knocks] == [(8, 8)] * matrices
 
 
 def test_knock_movement_reports_diagonal_and_the_rest():
     model = Transformer(Config(**SMALL, knock_q="linear"))
-    assert model.knock_movement()["blocks.0.attn.knock_q.t"] == (1, 0)
-    assert model.knock_movement()["blocks.1.attn.knock_v.gate"] == (0, 0)
+    assert knock_movement(model)["blocks.0.attn.wq.knock.t"] == (1, 0)
+    assert knock_movement(model)["blocks.1.attn.wv.knock.gate"] == (0, 0)
     with torch.no_grad():
-        t = model.knocks()["blocks.0.attn.knock_q"].t
+        t = knocks_of(model)["blocks.0.attn.wq.knock"].t
         t.copy_(torch.eye(8) * 0.5)
         t[0, 1], t[3, 2] = 3, -4
-    assert model.knock_movement()["blocks.0.attn.knock_q.t"] == (0.5, 5)
+    assert knock_movement(model)["blocks.0.attn.wq.knock.t"] == (0.5, 5)
 
 
 # --- the model ---
@@ -124,6 +133,15 @@ EVERY_VARIANT = pytest.mark.parametrize(
         for name, (shape, tried) in VARIANTS.items() for knocks in tried
     ],
 )
+
+
+def in_pieces(model, tokens, pieces, cache=None):
+    """Logits of tokens (B, T) that are fed in pieces of these lengths, each after what is cached."""
+    cache, index = cache or Cache(model, tokens.shape[1]), torch.arange(tokens.shape[1])
+    logits = []
+    for part, where in zip(tokens.split(pieces, dim=1), index.split(pieces), strict=True):
+        logits.append(model(part, index=where if where[0] else None, cache=cache))
+    return torch.cat(logits, dim=1)
 
 
 def error(a, b):
@@ -151,8 +169,8 @@ def test_model_is_the_equations_forward_and_backward(shape):
 
 @pytest.mark.parametrize("at_once", [7, 50, 2**29], ids=["many chunks", "uneven chunks", "one"])
 def test_cross_entropy_in_chunks_is_the_whole_one_forward_and_backward(at_once, monkeypatch):
-    monkeypatch.setattr(kha, "LOGITS_AT_ONCE", at_once * 3)
-    model = scramble(Transformer(Config(**SMALL)).double())
+    monkeypatch.setattr(chunked, "LOGITS_AT_ONCE", at_once * 3)
+    model = scramble(Transformer(Config(**SMALL), loss=chunked_loss(compiles=False)).double())
     tokens = torch.randint(50, (3, 9), generator=torch.Generator().manual_seed(1))
     targets = tokens.roll(1)
     exact = -model(tokens).log_softmax(-1).gather(-1, targets[..., None]).mean() * 3
@@ -179,17 +197,13 @@ def test_rope_turns_with_the_distance_only():
 def test_cached_pieces_give_the_logits_of_the_whole(shape, pieces):
     model = scramble(Transformer(Config(**{**SMALL, **shape})).double()).eval()
     tokens = torch.randint(50, (3, 20))
-    cache = model.new_cache(20)
-    logits = torch.cat([model(part, cache=cache) for part in tokens.split(pieces, dim=1)], dim=1)
-    assert error(logits, model(tokens)) < 1e-10
+    assert error(in_pieces(model, tokens, pieces), model(tokens)) < 1e-10
 
 
 def test_cached_mixture_of_experts_gives_the_logits_of_the_whole():
     model = scramble(Transformer(Config(**SMALL, n_expert=4, top_k=2))).eval()
     tokens = torch.randint(50, (3, 20))
-    cache = model.new_cache(20)
-    logits = torch.cat([model(part, cache=cache) for part in tokens.split([12] + [1] * 8, dim=1)], dim=1)
-    assert error(logits, model(tokens)) < 1e-4
+    assert error(in_pieces(model, tokens, [12] + [1] * 8), model(tokens)) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -202,21 +216,31 @@ def test_cached_mixture_of_experts_gives_the_logits_of_the_whole():
     ],
     ids=["MQA", "GQA-8", "GQA-4", "MHA", "GTA", "MLA", "GLA"],
 )
-def test_cache_sizes_of_table_3(shape, elements):
+def test_cache_sizes_of_table_3(shape, elements, monkeypatch):
     """Counted from the buffers that sampling fills, per token and layer."""
     model = fold(Transformer(Config(**{**SMALL, "head_dim": 128, **shape})))
-    list(generate(model, [1, 2, 3], n_samples=2, max_new_tokens=7))
     caches = []
-    model.new_cache = lambda length: caches.extend(Transformer.new_cache(model, length)) or caches
+
+    class Kept(Cache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            caches.append(self)
+
+    monkeypatch.setattr(sample, "Cache", Kept)
     list(generate(model, [1, 2, 3], n_samples=2, max_new_tokens=7))
-    assert {sum(buffer.numel() for buffer in cache.buffers) / (2 * cache.length) for cache in caches} == {elements}
+    (cache,) = caches
+    sizes = {sum(x.numel() for x in layer.buffers) / (2 * cache.length) for layer in cache.layers}
+    assert sizes == {elements}
 
 
-def test_cache_says_when_it_is_full():
-    cache = Cache(4)
-    cache.reserve(3)
-    with pytest.raises(ValueError, match="holds 4 positions, 5"):
-        cache.reserve(2)
+def test_a_cache_longer_than_the_context_is_refused():
+    model = Transformer(Config(**SMALL))
+    with pytest.raises(ValueError, match="33 tokens are more than the model's context of 32"):
+        Cache(model, 33)
+    cache = Cache(model, 4)
+    in_pieces(model, torch.zeros(1, 4, dtype=torch.long), [3, 1], cache)
+    with pytest.raises((IndexError, RuntimeError)):  # the cache is full
+        model(torch.zeros(1, 1, dtype=torch.long), index=torch.tensor([4]), cache=cache)
 
 
 def test_bfloat16_activations_on_float32_weights():
@@ -241,12 +265,13 @@ def test_folded_is_the_same_function_with_fewer_parts(shape):
     for seed in range(2):
         model = scramble(Transformer(config).double(), seed).eval()
         folded = fold(copy.deepcopy(model))
-        assert not folded.knocks()
+        assert not knocks_of(folded)
         assert error(folded(tokens), model(tokens)) < 1e-10
-        caches = [m.new_cache(20) for m in (model, folded)]
-        decoded = [torch.cat([m(t, cache=c) for t in tokens.split(1, 1)], 1) for m, c in zip((model, folded), caches)]
+        caches = [Cache(model, 20), Cache(folded, 20)]
+        decoded = [in_pieces(m, tokens, 1, c) for m, c in zip((model, folded), caches, strict=True)]
         assert error(decoded[1], decoded[0]) < 1e-10
-        assert [b.shape for c in caches[0] for b in c.buffers] == [b.shape for c in caches[1] for b in c.buffers]
+        shapes = [[b.shape for layer in c.layers for b in layer.buffers] for c in caches]
+        assert shapes[0] == shapes[1]
 
 
 @EVERY_VARIANT
@@ -260,7 +285,7 @@ def test_folding_holds_at_the_start_and_after_training_steps(shape):
         model(tokens[:, :-1], tokens[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert all(off > 0 for _, off in model.knock_movement().values())
+    assert all(off > 0 for _, off in knock_movement(model).values())
     folded = fold(copy.deepcopy(model))
     assert error(folded(tokens), model(tokens)) < 1e-10
 
@@ -278,94 +303,6 @@ def test_what_a_fold_leaves():
     plain.load_state_dict(linear.state_dict())
     attn = fold(Transformer(Config(**SMALL | dict(knock_v="mlp")))).blocks[0].attn
     assert {name: tuple(p.shape) for name, p in attn.wv.named_parameters()} == {"weight": (2 * 2 * 8, 24)}
-
-
-# --- sizes and costs ---
-
-
-@pytest.mark.parametrize(
-    "name,total,active",
-    [
-        ("moe-0.4b-2.3b", "2.3", "0.44"), ("moe-0.8b-6.6b", "6.6", "0.8"), ("moe-1.6b-14.6b", "14.6", "1.6"),
-        ("dense-0.6b", "0.61", "0.61"), ("dense-1.7b", "1.68", "1.68"), ("dense-3.9b", "3.94", "3.94"),
-        ("moe-1b-6.1b", "6.1", "1.01"), ("small", "0.12", "0.025"), ("gpt2", "0.124", "0.124"),
-    ],
-)
-def test_sizes_of_the_named_configs(name, total, active):
-    """Billions, as Table 5 and section 4 print them, which now round and now cut off: within one in the last digit."""
-    for size, printed in zip(count_params(build(name)), (total, active)):
-        assert abs(size / 1e9 - float(printed)) < 10.0 ** -len(printed.split(".")[1])
-
-
-@pytest.mark.parametrize(
-    "shape,active",
-    [
-        (dict(n_head=32, n_kv_head=1), 859), (dict(n_head=16, n_kv_head=8), 795), (dict(n_head=32, n_kv_head=4), 880),
-        (dict(n_head=16, n_kv_head=16), 852), (dict(n_head=32, n_kv_head=4, attention="gta"), 868),
-        # The paper prints 970 and no ranks; the round numbers nearest to it give 972.
-        (dict(n_head=32, n_kv_head=1, attention="mla", kv_rank=512, q_rank=1024), 972),
-    ],
-    ids=["MQA", "GQA-8", "GQA-4", "MHA", "GTA", "MLA"],
-)
-def test_active_sizes_of_table_3(shape, active):
-    model = build("moe-0.8b-6.6b", **shape, knock_v="none")
-    assert round(count_params(model)[1] / 1e6) == active
-
-
-def test_every_config_builds_on_the_meta_device():
-    for name in CONFIGS:
-        assert all(p.is_meta for p in build(name).parameters())
-
-
-@pytest.mark.parametrize(
-    "name,shape,micro_batch,how,measured",
-    [
-        ("gpt2", dict(knock_v="none"), 32, dict(accumulates=False), 13.7), ("gpt2", {}, 32, dict(accumulates=False), 14.3),
-        ("gpt2", {}, 32, dict(n_shard=2), 13.7),
-        ("moe-0.4b-2.3b", dict(vocab_size=50304, knock_v="none"), 8, {}, 64.2),
-        ("moe-0.4b-2.3b", dict(vocab_size=50304), 8, {}, 64.7), ("moe-0.4b-2.3b", dict(vocab_size=50304), 1, {}, 41.7),
-        ("moe-0.4b-2.3b", dict(vocab_size=50304), 4, dict(accumulates=False), 43.7),
-        ("moe-0.4b-2.3b", dict(vocab_size=50304), 4, dict(accumulates=False, recompute=True), 34.6),
-        ("moe-0.4b-2.3b", dict(vocab_size=50304), 8, dict(n_shard=2), 44.4),
-        ("moe-1b-6.1b", dict(block_size=4096), 1, {}, 112.8), ("moe-1b-6.1b", dict(block_size=4096), 1, dict(n_shard=2), 57.1),
-        ("moe-1b-6.1b", dict(block_size=4096), 2, dict(n_shard=2), 64.2),
-    ],
-)
-def test_memory_is_within_15_percent_of_what_a_gpu_needed(name, shape, micro_batch, how, measured):
-    """measured: torch.cuda.max_memory_allocated in GiB over updates, torch 2.11, compiled; 112.8 on an H200, else H100s."""
-    config = Config(**{**CONFIGS[name], **shape})
-    assert memory_per_gpu(config, micro_batch, **how)["total"] / 2**30 == pytest.approx(measured, rel=0.15)
-
-
-def test_memory_falls_where_it_should():
-    config = Config(**CONFIGS["moe-0.8b-6.6b"])
-    alone, spread = memory_per_gpu(config, 1), memory_per_gpu(config, 1, n_shard=8)
-    for part in ("weights", "adam", "gradients"):
-        assert spread[part] == alone[part] / 8
-    assert spread["activations"] == alone["activations"] == memory_per_gpu(config, 2)["activations"] / 2
-    assert memory_per_gpu(config, 1, recompute=True)["activations"] < alone["activations"] / 5
-    assert sum(alone.values()) == pytest.approx(2 * alone["total"])
-
-
-def test_active_parameters_are_those_a_token_meets():
-    moe = Config(**SMALL, n_expert=5, top_k=2)
-    one_expert = 3 * SMALL["n_embd"] * SMALL["d_ff"] * SMALL["n_layer"]
-    total, active = count_params(Transformer(moe))
-    assert total - active == 3 * one_expert
-    assert sum(p.numel() for p in Transformer(moe).parameters()) == total
-
-
-def test_costs_are_the_papers():
-    mha, ffn, kha = paper_flops(length=2048, d=1024, n_head=32)
-    assert f"{kha / (mha + ffn):.2%} {kha / mha:.2%}" == "0.55% 1.17%"
-    # The model's own count agrees with eq. 10-12 for the paper's layer: 3 x forward, no embedding, no norms.
-    shape = dict(n_layer=1, n_embd=1024, n_head=32, n_kv_head=32, head_dim=32, d_ff=3072)
-    with_knock, without = (
-        flops_per_token(build("gpt2", **shape, knock_v=kind), 2048) for kind in ("mlp", "none")
-    )
-    assert with_knock - without == 3 * kha // 2048
-    head = 6 * 1024 * 50304
-    assert abs(without - head - 3 * (mha + ffn) / 2048) < 1e-3 * without
 
 
 # --- bad input ---
@@ -400,75 +337,3 @@ def test_a_sequence_longer_than_the_context_is_refused():
     model = Transformer(Config(**SMALL))
     with pytest.raises(ValueError, match="33 tokens are more than the model's context of 32"):
         model(torch.zeros(1, 33, dtype=torch.long))
-
-
-def tiny_checkpoint(step):
-    model = scramble(Transformer(Config(**SMALL, n_expert=4, top_k=2)), step).eval()
-    config = dataclasses.asdict(model.config)
-    return model, {"config": config, "model": model.state_dict(), "step": step, "tokenizer": "byte"}
-
-
-def test_checkpoints_come_back_and_the_last_two_are_kept(tmp_path):
-    for step in (5, 10, 100):
-        model, checkpoint = tiny_checkpoint(step)
-        save_checkpoint(tmp_path, checkpoint)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010.pt", "step-00000100.pt"]
-    tokens = torch.randint(50, (1, 8))
-    for path in (tmp_path, tmp_path / "step-00000100.pt"):
-        loaded, checkpoint = load_checkpoint(path)
-        assert checkpoint["step"] == 100 and torch.equal(loaded(tokens), model(tokens))
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        load_checkpoint(tmp_path / "none.pt")
-
-
-def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
-    save_checkpoint(tmp_path, tiny_checkpoint(1)[1])
-    path = tmp_path / "step-00000001.pt"
-    whole = path.read_bytes()
-    flipped = [bytearray(whole) for _ in range(20)]
-    for i, copy_ in enumerate(flipped):  # one bit, anywhere in the weights
-        copy_[len(whole) // 4 + i * len(whole) // 40] ^= 1 << i % 8
-    for damaged in (b"", b"not a checkpoint", whole[: len(whole) // 2], *flipped):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is damaged") as error:
-            load_checkpoint(path)
-        assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("change", [
-    lambda c: {**c, "model": []},
-    lambda c: {**c, "model": {}},
-    lambda c: {**c, "config": {}},
-    lambda c: {name: c[name] for name in c if name != "tokenizer"},
-    lambda c: {name: c[name] for name in c if name != "step"},
-    lambda c: [1],
-])
-def test_what_is_whole_but_no_checkpoint_is_refused_in_one_line(change, tmp_path):
-    torch.save(change(tiny_checkpoint(1)[1]), tmp_path / "step-00000001.pt")
-    with pytest.raises(ValueError, match="not a checkpoint of this project|does not hold the weights") as error:
-        load_checkpoint(tmp_path)
-    assert "\n" not in str(error.value)
-
-
-def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
-    save_checkpoint(tmp_path, tiny_checkpoint(1)[1])
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # files cannot grow past this
-    try:
-        with pytest.raises(OSError, match="cannot save to .*: the earlier checkpoints there stand") as error:
-            save_checkpoint(tmp_path, tiny_checkpoint(2)[1])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "\n" not in str(error.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.pt"] and load_checkpoint(tmp_path)[1]["step"] == 1
-
-
-def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "trapped"), "w"))
-
-    torch.save({"config": {}, "model": Trap()}, tmp_path / "trap.pt")
-    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
-        load_checkpoint(tmp_path / "trap.pt")
-    assert not (tmp_path / "trapped").exists()

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from kha import CONFIGS, Config, Transformer, count_params, memory_per_gpu
+from data.figures import count_params, memory_per_gpu
+from kha import CONFIGS, Config, Transformer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name,file", re.findall(r"`(\w+)` (\w+\.py)", README))
+@pytest.mark.parametrize("name,file", re.findall(r"`(\w+)` ([\w/]+\.py)", README))
 def test_the_reading_guide_names_what_is_there(name, file):
     assert re.search(rf"^\s*(class |def )?{name}\b", (ROOT / file).read_text(), re.MULTILINE)
 

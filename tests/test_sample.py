@@ -9,10 +9,10 @@ import pytest
 import tiktoken
 import torch
 
-from data.checkpoint import save_checkpoint
+from data.checkpoint import FORMAT, save_checkpoint
 from data.tokens import load_tokenizer
 from kha import Config, Transformer
-from sample import can_capture, compile_steps, generate, pick_device, sample_logits, write_samples
+from sample import Cache, can_capture, compile_steps, generate, pick_device, sample_logits, write_samples
 from tests.reference import scramble
 from tests.runs import ROOT
 
@@ -31,7 +31,8 @@ def new_tokens(*args, **options):
 def save(model, folder):
     """As step 1 of a run in the folder."""
     weights = {"config": dataclasses.asdict(model.config), "model": model.state_dict()}
-    save_checkpoint(folder, {**weights, "tokenizer": "byte", "step": 1})
+    rest = {"format": FORMAT, "train": {}, "tokenizer": "byte", "step": 1, "val_loss": 1.25}
+    save_checkpoint(folder, {**weights, **rest}, best=True)
 
 
 def sample(*args, stdin=""):
@@ -60,18 +61,30 @@ def test_compiled_steps_are_eager_ones(shape, n_samples):
 
     @torch.no_grad()
     def step():
-        cache = model.new_cache(4)
+        cache = Cache(model, 4)
         with torch.compiler.set_stance("force_eager"):
             model(torch.tensor([[5, 6, 7]], device=device), cache=cache)
-        for past in cache:
-            past.repeat(n_samples)
-        return model(torch.arange(n_samples, device=device)[:, None], cache=cache)
+        cache.repeat(n_samples)
+        index = torch.tensor([3], device=device)
+        return model(torch.arange(n_samples, device=device)[:, None], index=index, cache=cache)
 
     eager = step()
     assert len(new_tokens(model, [5, 6, 7], n_samples, max_new_tokens=4)) == n_samples
     compile_steps(model, n_samples)
     assert (step() - eager).norm() < 0.05 * eager.norm()
     assert len(new_tokens(model, [5, 6, 7], n_samples, max_new_tokens=4)) == n_samples
+
+
+@pytest.mark.parametrize("n_prompt", [1, 20, 63, 64, 100])
+def test_text_longer_than_the_context_slides(model, n_prompt):
+    """The model sees the end of a long prompt; a full context goes on from its last half."""
+    prompt = torch.randint(320, (n_prompt,)).tolist()
+    samples = new_tokens(model, prompt, n_samples=2, max_new_tokens=150, temperature=0)
+    seen, plain = prompt[-64:], []
+    for _ in range(150):
+        plain.append(model(torch.tensor([seen]))[0, -1].argmax().item())
+        seen = (seen if len(seen) < 64 else seen[-31:]) + plain[-1:]
+    assert samples == [plain, plain]
 
 
 def test_drawn_with_the_cache_as_without(model):
@@ -124,7 +137,7 @@ def test_each_sample_stops_at_end_of_text(model):
     "prompt,options,message",
     [
         ([], {}, "the prompt is empty"), ([320], {}, "outside the model's vocabulary of 320"),
-        ([1] * 60, {}, "more than the model's context of 64"), ([1], dict(n_samples=0), "at least 1"),
+        ([1], dict(n_samples=0), "at least 1"),
         ([1], dict(top_p=0), "top_p"), ([1], dict(temperature=-1), "temperature"), ([1], dict(top_k=-1), "top_k"),
     ],
 )
@@ -139,9 +152,9 @@ def test_characters_of_several_bytes_are_written_whole(model, capsys):
     ids = load_tokenizer("byte").encode(text)
 
     class Parrot(Transformer):  # says the text, byte by byte, whatever it is asked
-        def forward(self, tokens, targets=None, cache=None, positions=None):
-            cache[0].used += 1
-            return torch.nn.functional.one_hot(torch.tensor([[ids[cache[0].used - 1]]]), 320).float()
+        def forward(self, tokens, targets=None, index=None, cache=None):
+            said = 0 if index is None else index.item()
+            return torch.nn.functional.one_hot(torch.tensor([[ids[said]]]), 320).float()
 
     with torch.device("cpu"):
         parrot = Parrot(Config(**TINY))
@@ -166,7 +179,6 @@ def test_the_script(model, tmp_path):
     for args, message in [
         (("--checkpoint", tmp_path / "none.pt"), "no checkpoint at"), (("--checkpoint", broken), "damaged"),
         (("--checkpoint", path, "--top", 5), "unknown option --top: did you mean --top_"),
-        (("--checkpoint", path, "--prompt", "x" * 60, "--max_new_tokens", 5), "more than the model's context of 64"),
         (("--checkpoint", path, "--device", "tpu"), "device 'tpu' is not available"),
         (("--checkpoint", path, "--seed", "x"), "invalid int value"),
         (("--checkpoint", path, "--device", "cpu", "--compile"), "--compile is for CUDA"),
@@ -179,7 +191,8 @@ def test_output_that_nobody_reads_ends_quietly(model, tmp_path):
     save(model, tmp_path)
     script = f"{sys.executable} {ROOT}/sample.py --checkpoint {tmp_path} --prompt abc --max_new_tokens 60 | head -c 1"
     done = subprocess.run(script, shell=True, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("a", "")
+    note = f"{tmp_path}/best.pt: step 1, held-out loss 1.2500\n"  # and no traceback
+    assert (done.stdout, done.stderr) == ("a", note)
 
 
 def test_an_id_that_is_no_token_is_written_as_unknown(model, capsys):

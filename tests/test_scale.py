@@ -69,15 +69,6 @@ def halves(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "halves")
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """A run that ends with an error in this process would leave its own."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def start():
     """runs.start_script; what still runs when the test ends is killed."""
@@ -105,7 +96,7 @@ def wait_for(condition, process):
 
 
 def has_line(out):
-    return lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size > 0
+    return lambda: (out / "log.jsonl").exists() and '"loss"' in (out / "log.jsonl").read_text()
 
 
 # --- scale ---
@@ -113,7 +104,8 @@ def has_line(out):
 
 def assert_close_runs(one, two):
     """The same losses, loads, evaluations and weights, but for rounding."""
-    for line, other in zip(lines_of(one), lines_of(two), strict=True):
+    lines, others = ([line for line in lines_of(out) if "config" not in line] for out in (one, two))
+    for line, other in zip(lines, others, strict=True):
         for key in ("step", "loss", "grad_norm", "worst_load", "val_loss"):
             assert (key in line) == (key in other) and line.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-5), key
         for name, knock in line.get("knocks", {}).items():
@@ -191,7 +183,7 @@ def test_killed_at_any_moment_and_resumed_is_the_same_run(data, tmp_path):
     last.join()
     assert last.exitcode == 0
     assert_same_run(tmp_path / "whole", out)
-    assert names(out) == names(tmp_path / "whole") == ["log.jsonl", "step-00000119.pt", "step-00000120.pt"]
+    assert names(out) == names(tmp_path / "whole") == ["best.pt", "log.jsonl", "step-00000119.pt", "step-00000120.pt"]
 
 
 def test_a_finished_run_resumes_to_its_sample(whole, halves, data, capsys):
@@ -280,7 +272,7 @@ def test_a_disk_full_while_saving_leaves_the_earlier_checkpoint(whole, halves, d
     done = train_script(*SHORT, "--data", data, "--out", halves, "--resume", preexec_fn=limit_files)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"error: cannot save to {halves}" in done.stderr and "the earlier checkpoints there stand" in done.stderr
-    assert names(halves) == ["log.jsonl", "step-00000020.pt"]
+    assert names(halves) == ["best.pt", "log.jsonl", "step-00000020.pt"]
     main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
     assert_same_run(whole, halves)
 
@@ -430,7 +422,7 @@ def test_ten_skipped_updates_in_a_row_end_the_run(poison, data, tmp_path):
 
 def test_ten_skipped_updates_before_a_checkpoint(poison, data, tmp_path):
     poison({*range(5, 100)})
-    with pytest.raises(ValueError, match="10 updates in a row, the last step 14, .*: start anew with a lower --lr"):
+    with pytest.raises(ValueError, match="10 updates in a row, the last step 14, .*: start again with a lower --lr"):
         main([*SHORT, "--save_every", "20", "--data", str(data), "--out", str(tmp_path)])
 
 
@@ -534,27 +526,15 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(dying, data, tmp_path):
     done = train_script(*SCALE, "--data", data, "--out", tmp_path / "run", n_process=2, script=dying)
     assert done.returncode != 0
     assert "rank      : 1 (local_rank: 1)" in done.stderr and "SIGKILL" in done.stderr
-    assert names(tmp_path / "run") == ["log.jsonl", "step-00000010.pt"]
+    assert names(tmp_path / "run") == ["best.pt", "log.jsonl", "step-00000010.pt"]
 
 
 def test_torchrun_restarts_a_run_where_it_was(runs, dying, data, tmp_path):
-    done = train_script(*SCALE, "--data", data, "--out", tmp_path / "run", n_process=2, restarts=1, script=dying)
+    args = [*SCALE, "--data", data, "--out", tmp_path / "run", "--resume"]
+    done = train_script(*args, n_process=2, restarts=1, script=dying)
     assert done.returncode == 0, done.stderr
     assert "going on after step 10" in done.stdout
     assert_same_run(runs["ddp2"], tmp_path / "run")
-
-
-def test_a_restart_goes_on_with_its_own_run_only(whole, data, monkeypatch):
-    """torchrun restarts what was refused as well: that must not go on with a run that is not its own."""
-    args = [*SHORT, "--data", str(data), "--out", str(whole)]
-    with pytest.raises(ValueError, match="holds a run already"):
-        parse_config(args)
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    assert parse_config(args)[2]["step"] == 30
-    for other in (["--lr", "0.1"], ["--seed", "2"], ["--n_layer", "2"], ["--knock_v", "none"]):
-        with pytest.raises(ValueError, match="holds a run already"):
-            parse_config([*args, *other])
-    assert parse_config([*args, "--resume", "--lr", "0.1"])[1].lr == 0.1
 
 
 def test_processes_that_see_different_checkpoints_do_not_start(halves, data, tmp_path):
@@ -606,13 +586,12 @@ def test_data_that_is_not_what_it_was_is_refused(token, rehash, message, halves,
     assert {path: path.read_bytes() for path in halves.iterdir()} == before
 
 
-@pytest.mark.parametrize("prompt,length", [("a" * 32, None), ("a" * 31, 1), ("", 31)])
-def test_a_prompt_without_room_for_a_sample_is_refused_before_training(prompt, length, data, tmp_path, capsys):
-    args = [*SHORT, "--steps", "1", "--data", str(data), "--out", str(tmp_path / "run"), "--prompt", prompt]
-    if length is None:
-        with pytest.raises(ValueError, match="leaves no room in a context of 32"):
-            main(args)
-        assert not (tmp_path / "run").exists()
-    else:
-        main(args)
-        assert capsys.readouterr().out
+@pytest.mark.parametrize("prompt", ["a" * 100, "a" * 31, ""], ids=["long", "nearly full", "empty"])
+def test_the_sample_takes_any_prompt(prompt, data, tmp_path, capsys):
+    args = [*SHORT, "--steps", "1", "--data", str(data), "--out", str(tmp_path / "run")]
+    main([*args, "--prompt", prompt])
+    captured = capsys.readouterr()
+    assert prompt in captured.out and captured.out.count("\n") > 2
+    assert ("the model sees the last 32 of the prompt's 100 tokens" in captured.err) == (
+        len(prompt) == 100
+    )

@@ -1,0 +1,59 @@
+"""The cross-entropy of kha.py in chunks: the same numbers with less memory, for training."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kha import upcast
+
+LOGITS_AT_ONCE = 2**29  # 1 GiB in bfloat16
+
+
+def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, dw):
+    """The summed cross-entropy of some tokens, x (N, C), W (V, C), targets (N,); its gradient by
+    x; and dw, float32, plus its gradient by W. Without dw the loss only."""
+    logits = upcast(F.linear(x, weight))  # (N, V)
+    total = logits.logsumexp(-1, keepdim=True)
+    loss = (total - logits.gather(-1, targets[:, None])).sum()
+    if dw is None:
+        return loss, None, None
+    is_target = torch.arange(len(weight), device=x.device) == targets[:, None]
+    d_logits = ((logits - total).exp() - is_target.to(logits.dtype)).to(x.dtype)
+    return loss, d_logits @ weight, dw + d_logits.mT @ x
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """`cross_entropy` some tokens at a time: logits (N, V) never exist whole. They are not made
+    twice either, because each chunk's gradients are taken together with its loss."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk, with_gradients):
+        n_chunk = -(-len(x) * len(weight) // LOGITS_AT_ONCE)
+        loss, dx, dw = 0, [], upcast(torch.zeros_like(weight)) if with_gradients else None
+        low = weight.to(x.dtype)
+        for x_chunk, targets_chunk in zip(x.chunk(n_chunk), targets.chunk(n_chunk), strict=True):
+            part, dx_part, dw = chunk(x_chunk, low, targets_chunk, dw)
+            loss = loss + part
+            dx.append(dx_part)
+        if with_gradients:
+            ctx.save_for_backward(torch.cat(dx), dw)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        scale = grad / len(dx)
+        return (dx * scale).to(dx.dtype), dw * scale, None, None, None
+
+
+def chunked_loss(compiles: bool) -> Callable[..., Tensor]:
+    """A function like kha.cross_entropy that does it in chunks."""
+    chunk = torch.compile(chunk_loss) if compiles else chunk_loss
+
+    def loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+        return ChunkedCrossEntropy.apply(x, weight, targets, chunk, torch.is_grad_enabled())
+
+    return loss

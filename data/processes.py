@@ -1,0 +1,56 @@
+"""Many processes that train together: torchrun's, one for each GPU."""
+
+import os
+from contextlib import nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def join_processes(device: str) -> tuple[int, int, str]:
+    """(rank, number of processes, device of this one): under torchrun those it started, else this
+    process alone. `device` is cuda, mps or cpu."""
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    patience = timedelta(hours=2)  # others wait while one process reads data or writes a checkpoint
+    store, rank, n_process = next(dist.rendezvous("env://"))
+    store.set_timeout(patience)
+    # torchrun's own store still has what processes wrote that have died since.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=n_process, timeout=patience
+    )
+    return rank, n_process, device
+
+
+def n_processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """x summed over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def synchronising(model: nn.Module, last: bool):
+    """Context of a micro-batch. With DDP only the last one of an update sums gradients over the
+    processes. FSDP sums each time: otherwise every device would need room for whole gradients."""
+    waits = isinstance(model, DistributedDataParallel) and not last
+    return model.no_sync() if waits else nullcontext()
+
+
+def leave_processes() -> None:
+    """The end of `join_processes`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

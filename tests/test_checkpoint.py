@@ -1,0 +1,93 @@
+"""Checkpoints appear whole or not at all, and nothing but data is read from them."""
+
+import dataclasses
+import resource
+import struct
+import zipfile
+
+import pytest
+import torch
+
+from data.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from kha import Config, Transformer
+from tests.reference import scramble
+
+SMALL = dict(vocab_size=50, block_size=32, n_layer=2, n_embd=24, n_head=6, n_kv_head=2, head_dim=8, d_ff=24)
+
+
+def tiny_checkpoint(step):
+    model = scramble(Transformer(Config(**SMALL, n_expert=4, top_k=2)), step).eval()
+    config = dataclasses.asdict(model.config)
+    return model, {"config": config, "model": model.state_dict(), "step": step, "tokenizer": "byte", "train": {}, "format": FORMAT}
+
+
+def test_checkpoints_come_back_and_the_last_two_are_kept(tmp_path):
+    for step in (5, 10, 100):
+        model, checkpoint = tiny_checkpoint(step)
+        save_checkpoint(tmp_path, checkpoint)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010.pt", "step-00000100.pt"]
+    tokens = torch.randint(50, (1, 8))
+    for path in (tmp_path, tmp_path / "step-00000100.pt"):
+        loaded, checkpoint = load_checkpoint(path)
+        assert checkpoint["step"] == 100 and torch.equal(loaded(tokens), model(tokens))
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_checkpoint(tmp_path / "none.pt")
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
+    save_checkpoint(tmp_path, tiny_checkpoint(1)[1])
+    path = tmp_path / "step-00000001.pt"
+    whole = path.read_bytes()
+    flipped = []
+    for record in zipfile.ZipFile(path).infolist():  # one bit, in each of the tensors
+        if "/data/" in record.filename:
+            name, extra = struct.unpack("<HH", whole[record.header_offset + 26 :][:4])
+            start = record.header_offset + 30 + name + extra
+            copy = bytearray(whole)
+            copy[start + record.file_size // 2] ^= 1 << len(flipped) % 8
+            flipped.append(bytes(copy))
+    assert len(flipped) > 20
+    for damaged in (b"", b"not a checkpoint", whole[: len(whole) // 2], *flipped):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is damaged") as error:
+            load_checkpoint(path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: {**c, "model": []},
+    lambda c: {**c, "model": {}},
+    lambda c: {**c, "config": {}},
+    lambda c: {name: c[name] for name in c if name != "tokenizer"},
+    lambda c: {name: c[name] for name in c if name != "step"},
+    lambda c: [1],
+])
+def test_what_is_whole_but_no_checkpoint_is_refused_in_one_line(change, tmp_path):
+    torch.save(change(tiny_checkpoint(1)[1]), tmp_path / "step-00000001.pt")
+    with pytest.raises(ValueError, match="not a checkpoint of this project|does not hold the weights") as error:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
+    save_checkpoint(tmp_path, tiny_checkpoint(1)[1])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # files cannot grow past this
+    try:
+        with pytest.raises(OSError, match="cannot save to .*: the earlier checkpoints there stand") as error:
+            save_checkpoint(tmp_path, tiny_checkpoint(2)[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.pt"] and load_checkpoint(tmp_path)[1]["step"] == 1
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "trapped"), "w"))
+
+    torch.save({"config": {}, "model": Trap()}, tmp_path / "trap.pt")
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+        load_checkpoint(tmp_path / "trap.pt")
+    assert not (tmp_path / "trapped").exists()
