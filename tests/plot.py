@@ -190,7 +190,7 @@ def draw_matrices(matrices: dict[str, np.ndarray], path: Path) -> Path:
         return ("t", "up", "gate", "down").index(row[0].split(".")[-1]), row[0]
 
     n_layer = max(len(layers) for layers in rows.values())
-    size = (1 + n_layer, 0.3 + len(rows))
+    size = (1.5 + n_layer, 0.5 + len(rows))
     figure, grid = plt.subplots(len(rows), n_layer, figsize=size, dpi=100, squeeze=False)
     for axes, (kind, layers) in zip(grid, sorted(rows.items(), key=order), strict=True):
         limits, colors = ((-0.1, 0.1), "RdBu") if kind.endswith("gate") else ((0, 1), "viridis")
@@ -216,10 +216,10 @@ def symbol(kind: str) -> str:
 
 
 def draw_logs(logs: dict[str, tuple[list[dict], list[dict]]], path: Path) -> Path:
-    """Losses of runs against their updates, by the runs' names: the training loss as a faint line
-    of means over 1/200 of the run, the held-out loss as dots."""
+    """Losses of runs against their updates: the training loss as a faint line of 200 means, the
+    held-out loss as dots. `logs` are updates and evaluations by the names of the runs."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    highest = 0.0
+    later = []  # means after the first tenth of a run, which falls from far above
     for number, (name, (updates, evals)) in enumerate(logs.items()):
         color = f"C{number}"
         losses = np.array([float(update["loss"]) for update in updates])
@@ -230,8 +230,8 @@ def draw_logs(logs: dict[str, tuple[list[dict], list[dict]]], path: Path) -> Pat
         held_out = [float(line["val_loss"]) for line in evals]
         axes.plot(steps, means, color=color, alpha=0.5, linewidth=1)
         axes.plot([line["step"] for line in evals], held_out, "o-", color=color, label=name)
-        highest = max(highest, np.nanmax(means[len(means) // 10 :]))
-    axes.set_ylim(top=highest)  # the first tenth falls from far above
+        later += [mean for mean in means[len(means) // 10 :] if np.isfinite(mean)]
+    axes.set_ylim(top=max(later, default=None))
     axes.set(xlabel="update", ylabel="loss, nats per token (line: training, dots: held out)")
-    axes.legend()
+    axes.legend().set_in_layout(False)  # a long name must not make the axes small
     return save(figure, path)

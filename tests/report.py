@@ -1,6 +1,6 @@
-"""What the studies of tests/study.py found: the results and their tables. plot.py draws them.
+"""What runs of train.py leave, and what the studies of tests/study.py found, in tables.
 
-A result is a line of JSON that study.py writes when a run ends.
+A result is a line of JSON that study.py writes when a run ends. plot.py draws the pictures.
 """
 
 import fcntl
@@ -10,6 +10,80 @@ import os
 import re
 import statistics
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.checkpoint import list_checkpoints, load_checkpoint
+
+
+class Run(NamedTuple):
+    """A run of train.py. Its baseline is the run of the same group and seed without knocks."""
+
+    group: str
+    kind: str
+    seed: int
+    command: str
+
+
+class Study(NamedTuple):
+    """Runs, the most valuable first, and what tells their groups apart."""
+
+    groups: str
+    runs: list[Run]
+
+
+# ---- what a run leaves
+
+
+def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
+    """The updates and the evaluations in a run's log.jsonl; none if there is no such file."""
+    path = folder / "log.jsonl"
+    texts = path.read_text().split("\n")[:-1] if path.exists() else []  # whole lines
+    lines = [json.loads(text) for text in texts]
+    updates = [line for line in lines if "loss" in line]
+    return updates, [line for line in lines if "val_loss" in line]
+
+
+def last_step(folder: Path) -> int:
+    """The last step in a run's log.jsonl, which may be growing; 0 if there is none."""
+    path = folder / "log.jsonl"
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - (1 << 16)))
+        steps = re.findall(rb'"step": (\d+),.*\n', file.read())
+    return int(steps[-1]) if steps else 0
+
+
+def saved_step(folder: Path) -> int:
+    """The step of a run's newest checkpoint; 0 if there is none."""
+    names = [Path(path).stem for path in list_checkpoints(str(folder))]
+    return int(names[0].removeprefix("step-")) if names else 0
+
+
+def rounded(number: float | str, digits: int) -> float | None:
+    """A number of a log, where text stands for what is not finite; in the results None does."""
+    number = float(number)
+    return round(number, digits) if math.isfinite(number) else None
+
+
+def knock_figures(knocks: dict[str, list[float]]) -> dict[str, list]:
+    """Of each knock matrix, by layer, the mean of the diagonal and the norm of the rest."""
+    figures = {}
+    for name, (diagonal, rest) in knocks.items():
+        name = re.sub(r"blocks\.\d+\.(attn\.)?", "", name)
+        figures.setdefault(name, []).append([rounded(diagonal, 4), rounded(rest, 4)])
+    return figures
+
+
+def knock_matrices(folder: Path | str) -> dict[str, np.ndarray]:
+    """The knock matrices in a run's newest checkpoint, each (head_dim, head_dim), float16 in
+    steps of 1/256: more than a picture shows, and small when compressed."""
+    weights = load_checkpoint(str(folder))[1]["model"]
+    knocks = {name: p for name, p in weights.items() if "knock" in name}
+    return {name: ((p * 256).round() / 256).half().numpy() for name, p in knocks.items()}
+
 
 # ---- the results files
 
@@ -70,7 +144,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 class Findings:
     """The results of a study that are of the same data, by group, kind and seed."""
 
-    def __init__(self, study, results: list[dict]):
+    def __init__(self, study: Study, results: list[dict]):
         by_run = {result["run"]: result for result in results}
         self.study = study
         self.groups = list(dict.fromkeys(run.group for run in study.runs))
@@ -122,7 +196,7 @@ class Findings:
         return found
 
 
-def by_data(study, results: list[dict]) -> list[Findings]:
+def by_data(study: Study, results: list[dict]) -> list[Findings]:
     """A study's findings on each data, those with most results first."""
     commands = {run.command for run in study.runs}
     sets = {}
@@ -187,21 +261,22 @@ def sensitivity_table(findings: Findings) -> str:
 
 
 def caption(findings: Findings) -> str:
-    """What the numbers of a table are, and what their runs have in common."""
+    """What the numbers of a table are, and what its runs have in common."""
     runs = [run for by_seed in findings.results.values() for run in by_seed.values()]
-    sizes = sorted({run["tokens"] for run in runs if run["val_loss"] is not None})
+    train, held_out = (f"{size / 1e6:.1f}M" for size in runs[0]["data_bytes"])
+    tokens = sorted({run["tokens"] for run in runs if run["val_loss"] is not None})
     machines = sorted({f"{run['gpu']}, torch {run['torch']}" for run in runs})
-    train, held_out = runs[0]["data_bytes"]
     return (
-        "Losses in nats per token, where a token is a byte. Differences are to the run of the same"
-        " seed without knocks, ± their 95% interval (Student's t over the pairs)."
-        + f" {sizes[0] / 1e6:.0f}M tokens a run." * (len(sizes) == 1)
-        + f" Data: {train / 1e6:.1f}M bytes to train on, {held_out / 1e6:.1f}M held out,"
-        f" sha256 {runs[0]['data'][:16]}. {'; '.join(machines)}.\n"
+        f"Losses in nats per byte, over {runs[0]['eval_tokens'] / 1e6:.1f}M bytes. Differences are"
+        " to the run of the same seed without knocks, ± their 95% interval (Student's t over the"
+        " pairs)."
+        + f" {tokens[0] / 1e6:.0f}M bytes a run." * (len(tokens) == 1)
+        + f" Data: {train} bytes to train on, {held_out} held out, sha256 {runs[0]['data'][:16]}."
+        f" {'; '.join(machines)}.\n"
     )
 
 
-def report(name: str, study, results: list[dict]) -> str:
+def report(name: str, study: Study, results: list[dict]) -> str:
     """What --table prints, in Markdown."""
     parts = []
     for findings in by_data(study, results):
@@ -212,7 +287,7 @@ def report(name: str, study, results: list[dict]) -> str:
     return "\n".join(part for part in parts if part) or "No run has ended yet.\n"
 
 
-def fill(text: str, studies: dict, results: list[dict]) -> str:
+def fill(text: str, studies: dict[str, Study], results: list[dict]) -> str:
     """A README with each table between its marks, <!-- study NAME --> and <!-- end -->, renewed."""
 
     def table(match: re.Match) -> str:

@@ -15,7 +15,6 @@ import argparse
 import fcntl
 import glob
 import hashlib
-import json
 import math
 import os
 import re
@@ -25,11 +24,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
 if __name__ == "__main__":  # Python looks for modules in this file's folder, not in the one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -38,11 +38,25 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.checkpoint import list_checkpoints, load_checkpoint
+from data.checkpoint import list_checkpoints
 from data.prepare import prepare
 from data.script import parse_args, run_script
 from data.tokens import load_meta
-from tests.report import append_result, by_data, fill, read_results, report
+from tests.report import (
+    Run,
+    Study,
+    append_result,
+    by_data,
+    fill,
+    knock_figures,
+    knock_matrices,
+    last_step,
+    read_log,
+    read_results,
+    report,
+    rounded,
+    saved_step,
+)
 from train import MAX_SKIPPED, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,28 +85,12 @@ KINDS = {
 LR = 1e-3  # the pilot's; to be replaced by the best rate of the baseline in the study `stability`
 
 
-class Run(NamedTuple):
-    """A run of train.py. Its baseline is the run of the same group and seed without knocks."""
-
-    group: str
-    kind: str
-    seed: int
-    command: str
-
-
-class Study(NamedTuple):
-    """Runs, the most valuable first, and what tells their groups apart."""
-
-    groups: str
-    runs: list[Run]
-
-
 def small(shape: str = "", steps: int = 7630, lr: float = LR) -> str:
     """A run of `small`, perhaps in another shape. 7,630 updates of 32,768 bytes are 250M bytes."""
     return " ".join(f"small {shape} --lr {lr:g} --steps {steps}".split())
 
 
-def grid(groups: dict[str, str], kinds: list[str], seeds: range) -> list[Run]:
+def grid(groups: dict[str, str], kinds: list[str], seeds: Iterable[int]) -> list[Run]:
     """All runs, seed by seed. The runs of a pair stand side by side, to end together."""
     return [
         Run(group, kind, seed, f"{options} {KINDS[kind]} --seed {seed}")
@@ -160,63 +158,6 @@ STUDIES = {
 }
 FIGURE_3 = grid({"": small()}, ["linear on v", "mlp on v"], range(1, 2))  # matrices to keep
 
-# ---- what a run leaves
-
-
-def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
-    """The updates and the evaluations in a run's log.jsonl; none if there is no such file."""
-    path = folder / "log.jsonl"
-    texts = path.read_text().split("\n")[:-1] if path.exists() else []  # whole lines
-    lines = [json.loads(text) for text in texts]
-    updates = [line for line in lines if "loss" in line]
-    return updates, [line for line in lines if "val_loss" in line]
-
-
-def last_step(folder: Path) -> int:
-    """The last step in a run's log.jsonl, which may be growing; 0 if there is none."""
-    path = folder / "log.jsonl"
-    if not path.exists():
-        return 0
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - (1 << 16)))
-        steps = re.findall(rb'"step": (\d+),.*\n', file.read())
-    return int(steps[-1]) if steps else 0
-
-
-def rounded(number: float | str, digits: int) -> float | None:
-    """A number of a log, where text stands for what is not finite; in the results None does."""
-    number = float(number)
-    return round(number, digits) if math.isfinite(number) else None
-
-
-def knock_figures(knocks: dict[str, list[float]]) -> dict[str, list]:
-    """Of each knock matrix, by layer, the mean of the diagonal and the norm of the rest."""
-    figures = {}
-    for name, (diagonal, rest) in knocks.items():
-        name = re.sub(r"blocks\.\d+\.(attn\.)?", "", name)
-        figures.setdefault(name, []).append([rounded(diagonal, 4), rounded(rest, 4)])
-    return figures
-
-
-def knock_matrices(folder: Path | str) -> dict[str, np.ndarray]:
-    """The knock matrices in a run's newest checkpoint, each (head_dim, head_dim), float16 in
-    steps of 1/256: more than a picture shows, and small when compressed."""
-    weights = load_checkpoint(str(folder))[1]["model"]
-    knocks = {name: p for name, p in weights.items() if "knock" in name}
-    return {name: ((p * 256).round() / 256).half().numpy() for name, p in knocks.items()}
-
-
-def code_version() -> dict:
-    """What ran: git's commit, None if this is no clone, and a hash that needs no git."""
-    source = b"".join((ROOT / name).read_bytes() for name in ("kha.py", "moe.py", "train.py"))
-    version = {"commit": None, "dirty": None, "source_sha256": hashlib.sha256(source).hexdigest()}
-    if (ROOT / ".git").exists():
-        git = ["git", "-C", str(ROOT)]
-        version["commit"] = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-        version["dirty"] = bool(subprocess.check_output([*git, "status", "--porcelain", "-uno"]))
-    return version
-
-
 # ---- running
 
 
@@ -263,7 +204,7 @@ class Job:
             "--eval_every", math.ceil(steps / EVALS), "--eval_tokens", EVAL_TOKENS,
             "--save_every", steps,
         ]
-        self.first, self.start = last_step(self.folder), time.monotonic()
+        self.first, self.start = saved_step(self.folder), time.monotonic()
         with open(self.folder / "output.txt", "a") as output:
             self.process = subprocess.Popen(
                 [str(word) for word in command],
@@ -278,7 +219,7 @@ class Job:
         """How the process has ended: finished, diverged, stopped or failed."""
         code = self.process.returncode
         updates, evals = read_log(self.folder)
-        skipped = [0] * MAX_SKIPPED + [update["skipped"] for update in updates]
+        skipped = [0] * (MAX_SKIPPED + 1) + [update["skipped"] for update in updates]
         if code == 2 and skipped[-1] - skipped[-1 - MAX_SKIPPED] == MAX_SKIPPED:
             return "diverged"
         if code == 0 and evals and evals[-1]["step"] == self.settings["steps"]:
@@ -321,6 +262,18 @@ def shape(settings: dict) -> dict:
     return {k: v for k, v in settings.items() if k not in LEARNING and not k.startswith("knock")}
 
 
+def code_version() -> dict:
+    """What ran: git's commit, None if this is no clone, and a hash that needs no git."""
+    source = b"".join((ROOT / name).read_bytes() for name in ("kha.py", "moe.py", "train.py"))
+    version = {"commit": None, "dirty": None, "source_sha256": hashlib.sha256(source).hexdigest()}
+    if (ROOT / ".git").exists():
+        git = ["git", "-C", str(ROOT)]
+        version["commit"] = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+        changes = [*git, "status", "--porcelain", "--untracked-files=no", "--", "*.py"]
+        version["dirty"] = bool(subprocess.check_output(changes))
+    return version
+
+
 def find_devices() -> dict[str, str]:
     """The GPUs there are, as CUDA_VISIBLE_DEVICES calls them, with their names; else the CPU."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -352,9 +305,10 @@ class Runner:
         settings = [parse_config([*run.command.split(), "--out", nowhere]) for run in runs]
         self.found = read_results(results)
         self.meta = prepare_data(data)
+        self.sha256 = self.meta["train"]["sha256"]
         self.jobs = []
         for run, (config, train, _) in zip(runs, settings, strict=True):
-            folder = re.sub(r"[^\w.]+", "-", run.command) + "-" + self.meta["train"]["sha256"][:8]
+            folder = re.sub(r"[^\w.]+", "-", f"{run.command} {self.sha256[:8]}")
             learning = {name: getattr(train, name) for name in LEARNING}
             self.jobs.append(Job(run, {**asdict(config), **learning}, SCRATCH / folder))
         results.mkdir(parents=True, exist_ok=True)
@@ -364,7 +318,7 @@ class Runner:
 
     def finished(self) -> set[str]:
         """The runs in the results that were trained on this data."""
-        return {r["run"] for r in self.found if r["data"] == self.meta["train"]["sha256"]}
+        return {result["run"] for result in self.found if result["data"] == self.sha256}
 
     def tokens_done(self) -> int:
         """The tokens of the whole study so far."""
@@ -386,7 +340,7 @@ class Runner:
             return True
         speed = statistics.median(r["tokens_per_s"] for r in like)
         rest = [r["seconds"] - r["tokens"] / r["tokens_per_s"] for r in like]
-        tokens = job.tokens(job.settings["steps"] - last_step(job.folder))
+        tokens = job.tokens(job.settings["steps"] - saved_step(job.folder))
         seconds = statistics.median(rest) + tokens / speed
         return seconds <= self.deadline - time.monotonic() or seconds > 60 * self.minutes
 
@@ -422,8 +376,9 @@ class Runner:
         result = {
             "study": self.name,
             **job.result(),
-            "data": self.meta["train"]["sha256"],
+            "data": self.sha256,
             "data_bytes": [self.meta[split]["bytes"] for split in ("train", "val")],
+            "eval_tokens": min(EVAL_TOKENS, self.meta["val"]["tokens"]),
             "gpu": self.devices[device],
             "torch": torch.__version__,
             **code_version(),
@@ -460,6 +415,7 @@ class Runner:
                 for device, job in list(self.running.items()):
                     if job.process.poll() is not None:
                         bar.write(self.take_in(device))
+                        sys.stdout.flush()
                 bar.update(self.tokens_done() - bar.n)
         finally:
             self.stop()  # nothing runs now, except after an error
@@ -494,8 +450,12 @@ def update(results: Path) -> None:
     """Rewrite the tables in the READMEs, and draw the pictures of all studies with results."""
     plot = load_plot()
     found = read_results(results)
-    for readme in [results / "README.md"] + [ROOT / "README.md"] * (results == RESULTS):
-        readme.write_text(fill(readme.read_text(), STUDIES, found))
+    ours = results.resolve() == RESULTS
+    readmes = [results / "README.md"] + [ROOT / "README.md"] * ours
+    for readme in filter(Path.exists, readmes):
+        new = readme.with_suffix(".new")  # so that no half of it can be left
+        new.write_text(fill(readme.read_text(), STUDIES, found))
+        os.replace(new, readme)
         print(f"wrote {readme}")
     for name, study in STUDIES.items():
         for findings in by_data(study, found)[:1]:
