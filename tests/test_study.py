@@ -153,6 +153,22 @@ def test_an_interrupted_run_leaves_no_line_and_goes_on(data, tmp_path, monkeypat
         assert result[key] == whole[key]
 
 
+def test_a_run_that_outlives_its_runner_is_not_started_again(data, tmp_path, monkeypatch):
+    runs = grid(steps=500, kinds=["none"])
+    process = start(tmp_path, data, runs)
+    wait_for_updates()
+    process.kill()
+    process.communicate(timeout=60)
+    assert work(monkeypatch, data, runs) == (0, [])
+    limit = time.monotonic() + 120
+    results = []
+    while not results:  # once the run has ended, it is taken in
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+        _, results = work(monkeypatch, data, runs)
+    assert results[0]["tokens"] == 500 * 256 and len(results[0]["evals"]) == 5
+
+
 def test_time_that_is_up_stops_a_run_which_can_go_on(data, monkeypatch, capsys):
     runs = grid(steps=20_000, kinds=["none"]) + grid(kinds=["none"], seeds=[2])
     monkeypatch.setitem(study.STUDIES, "tiny", study.Study("", runs))
