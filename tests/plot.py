@@ -45,7 +45,9 @@ def save(figure: plt.Figure, path: Path) -> Path:
 
 
 def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
-    """All pictures of a study, in a folder of results."""
+    """All pictures of a study, in a folder of results. Without a pair there are none."""
+    if not any(findings.differences(*row) for row in findings.results):
+        return []
     if name == "stability":
         return [draw_rates(findings, folder / "stability.svg")]
     if name == "tokens":

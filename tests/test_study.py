@@ -445,10 +445,17 @@ def test_update_rewrites_tables_and_draws_pictures(monkeypatch, capsys):
     assert text == f"Types:\n<!-- study types -->\n{table}<!-- end -->\nend\n"
     assert table.count(" ± 0.0000 | 2 |\n") == len(study.KINDS) - 1
     pictures = {"loss.svg", "figure3.png", *(f"{name}.svg" for name in study.STUDIES)}
-    assert pictures <= {path.name for path in folder.iterdir()}
+    assert pictures == {path.name for path in folder.iterdir() if path.suffix in (".svg", ".png")}
     before = {name: (folder / name).read_bytes() for name in pictures}
     study.main(["types", "--update", "--results", "results"])
     assert before == {name: (folder / name).read_bytes() for name in pictures}
+
+
+def test_without_a_pair_there_are_no_pictures(capsys):
+    Path("results").mkdir()
+    report.append_result(Path("results/types.jsonl"), result(study.STUDIES["types"].runs[0], 1.0))
+    study.main(["types", "--update", "--results", "results"])
+    assert os.listdir("results") == ["types.jsonl"] and capsys.readouterr().out == ""
 
 
 def test_plot_draws_the_losses_and_matrices_of_runs(data, monkeypatch, capsys):
