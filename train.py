@@ -55,6 +55,7 @@ from sample import (
 )  # fmt: skip
 
 DEFAULT_DATA = "data/stdlib"
+MAY_BE_ZERO = ("seed", "weight_decay", "balance_rate", "save_every", "sample_tokens")
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ class TrainConfig:
     balance_rate: float = 1e-3  # its step
     eval_every: int = 250  # steps between evaluations
     eval_tokens: int = 262144  # of the held-out data
-    save_every: int = 250  # steps between checkpoints; the last two and the best are kept
-    prompt: str = "def "  # of the sample at the end
+    save_every: int = 250  # steps between checkpoints, of which two and the best stay; 0 for none
+    sample_tokens: int = 200  # length of the sample at the end; 0 for none
+    prompt: str = "def "  # of the sample
     parallel: str = "ddp"  # under torchrun: ddp, a model in each process, or fsdp, parts of one
     recompute: bool = False  # compute activations again in the backward pass: less memory, slower
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -87,7 +89,7 @@ class TrainConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            zero = value == 0 and field.name in ("seed", "weight_decay", "balance_rate")
+            zero = value == 0 and field.name in MAY_BE_ZERO
             if field.type in (int, float) and not (0 < value < math.inf or zero):
                 raise ValueError(f"{field.name} must be positive, not {value}")
         if max(self.beta1, self.beta2) >= 1:
@@ -406,7 +408,8 @@ def main(argv: list[str]) -> None:
             waiting.append((done, lr, to_cpu(torch.cat((numbers, came)))))
             micros = draw(done)  # while the device computes
 
-            evaluates, saves = last or done % train.eval_every == 0, done % train.save_every == 0
+            evaluates = last or done % train.eval_every == 0
+            saves = train.save_every and (last or done % train.save_every == 0)
             while len(waiting) > (0 if evaluates or saves or stopping else ahead):
                 finite, stopping = log.update(*waiting.popleft())
             val_loss, best = None, False
@@ -417,7 +420,7 @@ def main(argv: list[str]) -> None:
                 val_bpb = bits_per_byte(val_loss, meta["val"])
                 best = log.evaluation(done, val_loss, val_bpb, knock_movement(model))
             # Not while updates are left out: if the weights are at fault, older ones must stay.
-            if saves and finite or last or stopping:
+            if saves and (finite or last) or stopping:
                 state = {**settings, "format": files.FORMAT, "step": done, "val_loss": val_loss}
                 state |= files.collect(model, optimizer)
                 if rank == 0:
@@ -432,12 +435,14 @@ def main(argv: list[str]) -> None:
     if stopping and not last:
         log.say(f"stopped by a signal and saved after step {done} of {train.steps}:"
                 " --resume goes on")
-    else:
-        if start == train.steps:
-            log.say(f"nothing to train: all {start} steps are done (give more --steps)")
+    elif start == train.steps:
+        log.say(f"nothing to train: all {start} steps are done (give more --steps)")
+    if train.sample_tokens and (last or not stopping):
         torch.compiler.set_stance("force_eager")  # each length would be compiled for itself
         with nullcontext() if rank == 0 else redirect_stdout(None):
-            write_samples(model.eval(), tokenizer, train.prompt)
+            write_samples(
+                model.eval(), tokenizer, train.prompt, max_new_tokens=train.sample_tokens
+            )
     leave_processes()
 
 

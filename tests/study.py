@@ -39,6 +39,7 @@ import torch
 from tqdm import tqdm
 
 from data.checkpoint import list_checkpoints
+from data.log import MAX_SKIPPED
 from data.prepare import prepare
 from data.script import parse_args, run_script
 from data.tokens import load_meta
@@ -57,13 +58,13 @@ from tests.report import (
     rounded,
     saved_step,
 )
-from train import MAX_SKIPPED, parse_config
+from train import parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "results"
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 SCRATCH = Path("out/study")  # where runs write; a run's folder is removed when its line is written
-EVALS = 5  # evaluations in a run
+EVAL_BYTES = 50e6  # of training, about, between evaluations
 EVAL_TOKENS = 1 << 22  # held-out tokens: knocks change the loss by little, so it must be exact
 CURVE = 200  # points to keep of a training loss
 LEARNING = (  # settings of the training that decide what a run learns
@@ -195,14 +196,16 @@ class Job:
         os.remove(self.lock.name)
         self.lock.close()
 
-    def begin(self, device: str, data: str) -> None:
-        """Start the process, which goes on from the run's checkpoint if there is one."""
+    def begin(self, device: str, data: str, keep: bool) -> None:
+        """Start the process, which goes on from the run's checkpoint if there is one. It saves at
+        its end only to `keep` what it learned."""
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = self.settings["steps"]
+        evals = max(1, round(self.tokens(steps) / EVAL_BYTES))
         command = [
             *TRAIN, *self.run.command.split(), "--data", data, "--out", self.folder, "--resume",
-            "--eval_every", math.ceil(steps / EVALS), "--eval_tokens", EVAL_TOKENS,
-            "--save_every", steps,
+            "--eval_every", math.ceil(steps / evals), "--eval_tokens", EVAL_TOKENS,
+            "--save_every", steps if keep else 0, "--sample_tokens", 0,
         ]
         self.first, self.start = saved_step(self.folder), time.monotonic()
         with open(self.folder / "output.txt", "a") as output:
@@ -354,7 +357,7 @@ class Runner:
             if job.run.command in self.finished():
                 job.release()
                 continue
-            job.begin(device, self.data)
+            job.begin(device, self.data, keep=self.keep or job.run in FIGURE_3)
             self.running[device] = job
             return
 

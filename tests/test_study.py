@@ -22,18 +22,14 @@ from train import parse_config
 
 TINY = f"toy {' '.join(SHAPE)} --batch_tokens 256 --prompt a"
 
-# train.py as it will be: --resume starts a run where there is no checkpoint. It also keeps a record
-# of when each run was on which device.
+# train.py, which also keeps a record of when each run was on which device.
 TRAIN = f"""
 import json, os, sys, time
 start = time.time()
 sys.path[0] = {str(ROOT)!r}
 import train
-from data.checkpoint import list_checkpoints
 from data.script import run_script
 out = sys.argv[sys.argv.index("--out") + 1]
-if not list_checkpoints(out):
-    sys.argv.remove("--resume")
 try:
     run_script(train.main)
 finally:
@@ -96,6 +92,7 @@ def records():
 
 
 def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
+    monkeypatch.setattr(study, "EVAL_BYTES", 4 * 256)  # an evaluation every 4 updates
     fails, diverges = grid(more="--micro_batch 3")[0], grid(more="--lr 1e30")[0]
     runs = [*grid(), fails, diverges, *grid(seeds=[2])]
     monkeypatch.setattr(study, "FIGURE_3", [runs[1]])
@@ -166,7 +163,7 @@ def test_a_run_that_outlives_its_runner_is_not_started_again(data, tmp_path, mon
         assert time.monotonic() < limit
         time.sleep(0.1)
         _, results = work(monkeypatch, data, runs)
-    assert results[0]["tokens"] == 500 * 256 and len(results[0]["evals"]) == 5
+    assert results[0]["tokens"] == 500 * 256 and len(results[0]["evals"]) == 1
 
 
 def test_time_that_is_up_stops_a_run_which_can_go_on(data, monkeypatch, capsys):
@@ -302,9 +299,8 @@ def test_every_run_has_its_baseline_and_is_known_to_train_py(name):
     with_baseline = {(run.group, run.seed) for run in runs if run.kind == "none"}
     for run in runs:
         assert (run.group, run.seed) in with_baseline
-        if "--knock_init" not in run.command:  # train.py has no such option yet
-            _, train, _ = parse_config([*run.command.split(), "--out", "out/none"])
-            assert train.batch_tokens == 32768 and train.seed == run.seed
+        _, train, _ = parse_config([*run.command.split(), "--out", "out/none"])
+        assert train.batch_tokens == 32768 and train.seed == run.seed
 
 
 def test_a_pair_stands_side_by_side():
