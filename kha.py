@@ -242,17 +242,6 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 
-class Head(nn.Module):
-    """The model's end: norm, then logits x W^T. (B, T, C) and W (V, C) -> (B, T, V)."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
-
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(self.norm(x), weight.to(x.dtype))
-
-
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, of targets (B, T) by the logits x W^T: x (B, T, C), W (V, C)."""
     logits = F.linear(x, weight.to(x.dtype))  # (B, T, V)
@@ -263,17 +252,19 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def init_weights(module: nn.Module, config: Config) -> None:
     """Give every weight its start, in place, for a whole model or for one part after the other.
 
-    Knocks draw no random numbers: the same seed gives the same base weights whichever knocks there
-    are, and with all knocks at the identity the very same function (section 3.3).
+    Knocks at the identity draw no random numbers (section 3.3): so the same seed gives the same
+    base weights and the very same function, whichever knocks there are.
     """
     out_std = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: the residual stream keeps its size
     for name, p in module.named_parameters():
         match name.split("."):
+            case [*_, "knock", _] if config.knock_init == "random":
+                p.normal_(std=len(p) ** -0.5)
             case [*_, "knock", "gate"]:
                 p.zero_()
             case [*_, "knock", _]:
                 nn.init.eye_(p)
-            case [*_, layer, "weight"] if layer.endswith("norm"):
+            case _ if p.dim() == 1:  # the norms
                 p.fill_(1)
             case [*_, "wo", "weight"] | [*_, "w_down" | "experts_down"]:
                 p.normal_(std=out_std)
@@ -294,10 +285,8 @@ class Transformer(nn.Module):
         self.recompute, self.loss = recompute, loss
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # also the output's weight
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.head = Head(config)
+        self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
         init_weights(self, config)
-        if config.knock_init == "random":  # last, because base weights must not depend on knocks
-            randomise_knocks(self)
 
     def forward(self, tokens: Tensor, targets=None, index=None, cache=None) -> Tensor:
         """Logits (B, T, V) of the token after each of tokens (B, T); or with targets (B, T) the
@@ -322,8 +311,12 @@ class Transformer(nn.Module):
             else:
                 x = block(x, positions, cache.layers[i] if cache else None)
         if targets is None:
-            return self.head(x, self.embed.weight)
-        return self.loss(self.head.norm(x), self.embed.weight, targets)
+            return self.logits(x)
+        return self.loss(self.norm(x), self.embed.weight, targets)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The model's end: (B, T, C) -> (B, T, V)."""
+        return F.linear(self.norm(x), self.embed.weight.to(x.dtype))
 
     def moes(self) -> list[MoE]:
         """The mixtures of experts, first layer first; none in a dense model."""
@@ -349,8 +342,7 @@ class GTA(nn.Module):
     """Grouped-tied attention (Zadouri et al. 2025, arXiv 2505.21487): (B, T, C) -> (B, T, C).
 
     Each key/value head has one tied state. It is the value, and its first half is the half of the
-    key that RoPE does not turn. The half that RoPE turns is one head that all heads share.
-    knock_v knocks the tied state once, before it is split.
+    key that RoPE does not turn; the other half all heads share. knock_v knocks the tied state.
     """
 
     def __init__(self, config: Config):
@@ -579,14 +571,6 @@ def knocks_of(model: nn.Module) -> dict[str, Knock]:
     """Every knock of a model that does something, by its name, such as blocks.0.attn.wv.knock."""
     knocks = {name: part for name, part in model.named_modules() if isinstance(part, Knock)}
     return {name: knock for name, knock in knocks.items() if knock.kind != "none"}
-
-
-@torch.no_grad()
-def randomise_knocks(model: nn.Module) -> None:
-    """The ablation of section 3.3: knocks that start from normal numbers of std 1 / sqrt(D)."""
-    for knock in knocks_of(model).values():
-        for p in knock.parameters():
-            p.normal_(std=knock.head_dim**-0.5)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -257,8 +257,9 @@ def compile_steps(model: Transformer, n_samples: int) -> None:
         "combo_kernels": dense,
         "triton.cooperative_reductions": dense and n_samples == 1,
     }
-    for part in (*model.blocks, model.head):
-        part.compile(dynamic=False, options=options)
+    for block in model.blocks:
+        block.compile(dynamic=False, options=options)
+    model.logits = torch.compile(model.logits, dynamic=False, options=options)
 
 
 def token_bytes(tokenizer: tiktoken.Encoding, token: int) -> bytes:

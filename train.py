@@ -42,7 +42,7 @@ from data.processes import (
 )
 from data.script import Signals, add_fields, parse_args, run_script
 from data.tokens import draw_batch, load_meta, load_tokenizer, open_tokens, verify_tokens
-from kha import CONFIGS, Config, Transformer, init_weights, randomise_knocks
+from kha import CONFIGS, Config, Transformer, init_weights
 from moe import BALANCE_RULES
 from sample import (
     bits_per_byte,
@@ -293,15 +293,13 @@ def build_model(
     torch.manual_seed(train.seed)
     with torch.device("meta"):
         model = Transformer(config, dtype, train.recompute, chunked_loss(compiles))
-    for part in (model.embed, *model.blocks, model.head):
+    for part in (model.embed, *model.blocks, model.norm):
         init_weights(part.to_empty(device=device), config)
-        if part not in (model.embed, model.head):
+        if part not in (model.embed, model.norm):
             if compiles:  # one compiled block serves all: a minute less than the whole model
                 part.compile()
             if shard:
                 fully_shard(part, mp_policy=policy)
-    if config.knock_init == "random":
-        randomise_knocks(model)
     if shard:
         return model, fully_shard(model, mp_policy=policy)
     if n_process > 1:

@@ -25,7 +25,7 @@ HF_SIZES = {  # field of Config -> key of config.json
 def hf_names(config: Config) -> dict[str, list[str]]:
     """Our name of each weight -> theirs. Several of theirs are the rows of ours, one below the other; an expert's
     weight is transposed first."""
-    names = {"embed.weight": ["model.embed_tokens.weight"], "head.norm.weight": ["model.norm.weight"]}
+    names = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
     for i in range(config.n_layer):
         mlps = [f"mlp.experts.{e}" for e in range(config.n_expert)] or ["mlp"]
         layer = {

@@ -119,4 +119,4 @@ def forward(config, weights, tokens):
         h = rms_norm(x, layer["ffn_norm.weight"], c.norm_eps)
         gate, up = (h @ layer["ffn.w_up"].T).chunk(2, -1)
         x = x + (gate * torch.sigmoid(gate) * up) @ layer["ffn.w_down"].T
-    return rms_norm(x, weights["head.norm.weight"], c.norm_eps) @ weights["embed.weight"].T
+    return rms_norm(x, weights["norm.weight"], c.norm_eps) @ weights["embed.weight"].T
