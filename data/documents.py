@@ -1,8 +1,4 @@
-"""What the inputs of data/prepare.py stand for, file by file and row by row: documents.
-
-A document is a hash of a text, and the text itself in pieces of UTF-8, to be read once. No file and
-no data set is held in memory.
-"""
+"""From the inputs of data/prepare.py to documents. No file and no data set is held in memory."""
 
 import csv
 import gzip
@@ -37,7 +33,7 @@ class Source(NamedTuple):
     name: str  # for messages
     path: Path | None
     rows: Iterable[tuple[int, Any]] | None  # each row is a dict, or a line of JSON
-    found: bool = False  # in a folder, not named by the user: it may turn out to hold no text
+    found: bool = False  # in a folder, so it may turn out to hold no text
 
 
 def find_sources(inputs: list[str], field: str, downloads: Path) -> list[Source]:
@@ -75,7 +71,7 @@ def find_sources(inputs: list[str], field: str, downloads: Path) -> list[Source]
 def find_files(root: str, excluded: Iterable[str] = ()) -> Iterator[Path]:
     """The files under the folder `root` in a fixed order, except in hidden folders and `excluded`.
 
-    Links are followed, but each folder is walked once, so links in a circle come to an end.
+    Links are followed. Each folder is walked once, or a link to a folder above it would never end.
     """
 
     def fail(error: OSError) -> NoReturn:
@@ -213,7 +209,7 @@ def read_parquet(path: Path, field: str) -> Iterator[tuple[int, dict]]:
 
 # ---- documents
 
-Document = tuple[int, Iterable[bytes]]
+Document = tuple[int, Iterable[bytes]]  # a text's hash, and the text in UTF-8, piece by piece
 
 
 @dataclass
@@ -229,9 +225,9 @@ class LeftOut:
     def check_rows(self, field: str, at_least: int = 0) -> None:
         """Raises ValueError if more than 1% of the rows, or of `at_least`, were skipped."""
         if self.skipped_rows > max(self.rows, at_least) / 100:
-            raise ValueError(f"{self.skipped_rows:,} of {self.rows:,} rows have no valid text in the "
-                             f"field {field!r}, which is more than 1%: {'; '.join(self.examples)}: "
-                             "mend them or name another --field")
+            raise ValueError(f"{self.skipped_rows:,} of {self.rows:,} rows, more than 1%, have no "
+                             f"valid text in the field {field!r}: {'; '.join(self.examples)}: mend "
+                             "them or name another --field")
 
 
 def read_documents(sources: list[Source], field: str, left_out: LeftOut) -> Iterator[Document]:
@@ -250,7 +246,7 @@ def read_documents(sources: list[Source], field: str, left_out: LeftOut) -> Iter
 
 
 def read_text(source: Source, left_out: LeftOut) -> Iterator[Document]:
-    """A plain-text file. It is read twice: its hash comes first, and memory would not hold it."""
+    """A plain-text file. It may not fit in memory, so it is read twice: for its hash, as text."""
     try:
         with open_file(source.path) as file:
             digest = content_hash(check_text(read_pieces(file)))
@@ -264,7 +260,7 @@ def read_text(source: Source, left_out: LeftOut) -> Iterator[Document]:
 
 
 def check_text(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Pass `pieces` on. Raises ValueError if they are not UTF-8 text: a zero byte is in no text."""
+    """Pass `pieces` on. Raises ValueError if they are not UTF-8, or have a zero byte as no text."""
     for piece in pieces:
         if "\0" in piece.decode():
             raise ValueError("zero byte")
@@ -287,7 +283,7 @@ def read_rows(source: Source, field: str, left_out: LeftOut) -> Iterator[Documen
         left_out.skipped_rows += 1
         if left_out.skipped_rows <= 3:
             left_out.examples += (f"{source.name}:{number}: {row!r:.80}",)
-        left_out.check_rows(field, at_least=1000)  # soon, but not for the first ten
+        left_out.check_rows(field, at_least=1000)  # now, not after hours: the first ten may pass
 
 
 def row_text(row: Any, field: str) -> bytes | None:
@@ -301,15 +297,15 @@ def row_text(row: Any, field: str) -> bytes | None:
 
 def drop_duplicates(documents: Iterable[Document], digests: array,
                     left_out: LeftOut) -> Iterator[Iterable[bytes]]:
-    """The texts of the documents that are not empty and not seen before; their hashes to `digests`.
+    """The texts of documents that are not empty and not seen before; appends their hashes.
 
-    The hashes are kept in a table that SQLite writes to the disk as far as it exceeds its cache.
+    SQLite looks the hashes up: what exceeds its cache is on the disk.
     """
     insert = "INSERT OR IGNORE INTO seen VALUES (?)"
     try:
         with closing(sqlite3.connect("")) as table:
             table.execute("PRAGMA cache_size = -65536")  # KiB
-            table.execute("CREATE TABLE seen (digest INTEGER PRIMARY KEY)")  # 64 bits with a sign
+            table.execute("CREATE TABLE seen (digest INTEGER PRIMARY KEY)")  # from -2**63 on
             table.execute(insert, [content_hash([]) - 2**63])
             for digest, text in documents:
                 if table.execute(insert, [digest - 2**63]).rowcount:
@@ -318,12 +314,12 @@ def drop_duplicates(documents: Iterable[Document], digests: array,
                 else:
                     left_out.dropped_documents += 1
     except sqlite3.OperationalError as error:
-        raise OSError(f"cannot store the hashes of all documents in the folder for temporary files, "
-                      f"which TMPDIR names: {error}") from error
+        raise OSError(f"cannot store the hashes of all documents: {error}: set TMPDIR to a folder "
+                      "with more room") from error
 
 
 def content_hash(pieces: Iterable[bytes]) -> int:
-    """64 bits: the chance that any two of 100 million texts have the same is 0.03%."""
+    """A hash of 64 bits. The chance that any two of 100 million texts share theirs is 0.03%."""
     state = hashlib.blake2b(digest_size=8)
     for piece in pieces:
         state.update(piece)

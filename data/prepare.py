@@ -8,16 +8,17 @@
     python data/prepare.py --verify data/mine           # read all tokens of a prepared folder
 
 An INPUT is a file, a folder with all that is in it, the URL of a file, or hf:NAME[:CONFIG], the
-train split of a Hugging Face data set. A .jsonl, .ndjson or .json file (one JSON object a line), a
-.csv and a .parquet file hold rows, and each row is a document. Any other file is plain text and one
-document. Each may be packed as .gz or .zst. (hf:, .parquet, .zst: pip install '.[datasets]'.)
+train split of a Hugging Face data set. Files that end in .jsonl, .ndjson, .json (one JSON object a
+line), .csv or .parquet hold rows, and each row is a document. Any other file is plain text and one
+document. Files may be packed as .gz or .zst. (hf:, .parquet, .zst: pip install '.[datasets]'.)
 
 The output folder holds train.bin and val.bin (flat token ids, each document ended by the
 end-of-text token), meta.json and verified.json. About val_fraction of the tokens are held out for
-validation, at least 1025, and in whole documents if that is possible; data/split.py says which.
+validation, but at least 1025, and in whole documents if possible: see data/split.py.
 
-Left out and counted are duplicate and empty documents, bad rows (more than 1% are an error) and,
-in folders, hidden files and what holds no text. Memory is bounded but for 40 bytes a document.
+Duplicate and empty documents are dropped. Hidden files are skipped, so are bad rows (more than 1%
+of them are an error) and files without text in a folder. However long the texts are, memory holds
+40 bytes for each document and 1 kB for each file.
 """
 
 import argparse
@@ -133,7 +134,7 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
     try:
         with tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp-", dir=target.parent) as folder:
             work, downloads = Path(folder, "tokens"), Path(folder, "downloads")
-            work.mkdir()  # unlike the folder around it, open to others
+            work.mkdir()  # others may read it, unlike the folder around it
             downloads.mkdir()
             sources = find_sources(inputs, key, downloads)
             if field is not None and all(source.rows is None for source in sources):
@@ -144,9 +145,9 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
             total = sum(source.path.stat().st_size for source in sources if source.path)
             ends = write_tokens(work / "train.bin", texts, encoding, workers, total)
             if not digests:
-                raise ValueError(f"no text: {left_out.skipped_files:,} files in folders were skipped,"
-                                 f" {left_out.dropped_documents:,} documents are empty: name other "
-                                 "files or, for rows, another --field")
+                raise ValueError(f"no text: {left_out.skipped_files:,} files in folders were "
+                                 f"skipped, {left_out.dropped_documents:,} documents are empty: "
+                                 "name other files or, for rows, another --field")
             splits = split_tokens(work, ends, np.frombuffer(digests, np.uint64), val_fraction,
                                   encoding)
             stdlib = f"the standard library of Python {platform.python_version()}"

@@ -39,14 +39,14 @@ def split_tokens(folder: Path, ends: np.ndarray, digests: np.ndarray, val_fracti
 
 def hold_out(tokens: np.ndarray, ends: np.ndarray, digests: np.ndarray, val_fraction: float,
              encoding: tiktoken.Encoding) -> np.ndarray:
-    """With which token the held-out part of each document begins: (n,). If it has none, its end.
+    """At which token the held-out part of each document begins: (n,). If it has none, its end.
 
-    We want val_fraction of all tokens, and on either side at least SEQUENCE, or a quarter of a text
-    that is shorter than two of these. The first choice is taken that leaves so much on either side
-    and gives from half to twice of what we want:
-    1. The documents with a digest below val_fraction * 2**64. This does not depend on the others.
-    2. The documents in the order of their digests, until it is enough, without the too long ones.
-    3. The ends of the too long ones.
+    Wanted is val_fraction of all tokens. Each side must get SEQUENCE tokens or, if that is not
+    possible, a quarter. The first of these choices is taken that gives from half to twice of what
+    is wanted:
+    1. The documents with a digest below val_fraction * 2**64, whatever the others are.
+    2. Documents in the order of their digests until it is enough, but for those that are too long.
+    3. The ends of those that are too long.
     """
     begins, total = np.concatenate([[0], ends[:-1]]), int(ends[-1])
     lengths = ends - begins
@@ -69,7 +69,7 @@ def hold_out(tokens: np.ndarray, ends: np.ndarray, digests: np.ndarray, val_frac
     if not long.any():
         long[:] = True
     share = wanted / lengths[long].sum()
-    near = min(0.02, share, 1 - (wanted + least) / total)  # so much more may be held out
+    near = min(0.02, share, 1 - (wanted + least) / total)  # so much more is still well
     cuts = ends.copy()
     for i in np.flatnonzero(long):
         text = tokens[begins[i] : ends[i] - 1]
@@ -80,9 +80,9 @@ def hold_out(tokens: np.ndarray, ends: np.ndarray, digests: np.ndarray, val_frac
 def find_cut(text: np.ndarray, share: float, near: float, encoding: tiktoken.Encoding) -> int:
     """Before which token to cut a text so that the fraction `share` of it, or more, comes after.
 
-    The cut is after a line end if there is one shortly before the wanted place: within the fraction
-    `near` of the text, and PIECE tokens. Else it is between two characters. A text that is too
-    short is not cut: then this is the place after its end-of-text token.
+    That is at the last line end before the wanted place, if it is not further than the fraction
+    `near` of the text (and PIECE tokens), else between two characters. A text that is too short is
+    not cut: then this is the place after its end-of-text token.
     """
     place = int(len(text) * (1 - share))
     lowest = max(1, place - min(int(near * len(text)), PIECE))
@@ -124,8 +124,8 @@ def divide(folder: Path, ends: np.ndarray, cuts: np.ndarray,
           open(folder / "val.bin", "wb") as val,
           tqdm(total=int(ends[-1]), desc="dividing", unit_scale=True, disable=None) as bar):
         files = dict(zip(SPLITS, (train, val), strict=True))
-        # Written in place. A piece is written after the next one is read: with one more end-of-text
-        # token it reaches one token into that.
+        # Train.bin is written over what has been read. A piece with an added end-of-text token
+        # reaches one token further, so the next piece is read before it is written.
         for (split, ids), _ in pairwise(chain(read(source), [None])):
             files[split].write(ids)
             hashes[split].update(ids)
