@@ -39,6 +39,7 @@ import torch
 from tqdm import tqdm
 
 from data.checkpoint import list_checkpoints
+from data.documents import find_files
 from data.log import MAX_SKIPPED
 from data.prepare import prepare
 from data.script import parse_args, run_script
@@ -293,8 +294,9 @@ def prepare_data(folder: str) -> dict:
         if not os.path.exists(folder):
             packages = Path(torch.__file__).parent.parent
             with tempfile.TemporaryDirectory() as links:
-                for i, path in enumerate(sorted(packages.rglob("*.py"))):
-                    os.symlink(path, Path(links, f"{i:06d}.py"))
+                for i, path in enumerate(find_files(str(packages))):
+                    if path.suffix == ".py":
+                        os.symlink(path, Path(links, f"{i:06d}.py"))
                 prepare([links], folder)
     return load_meta(folder)
 
