@@ -18,7 +18,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -156,8 +156,12 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
         warn_of_a_jump(before, train, checkpoint["step"])
         return Config(**checkpoint["config"]), train, checkpoint
     if settings.get("init"):
-        model = import_hf(settings["init"], **shape)
-        return model.config, TrainConfig(**settings), {"model": model.state_dict(), "step": 0}
+        if os.path.exists(os.path.join(settings["init"], "config.json")):
+            model = import_hf(settings["init"], **shape)
+            config, checkpoint = model.config, {"model": model.state_dict(), "step": 0}
+        else:
+            config, checkpoint = files.start_from(settings["init"], shape)
+        return config, TrainConfig(**settings), checkpoint
     return Config(**{**CONFIGS[name], **shape}), TrainConfig(**settings), None
 
 
@@ -230,8 +234,11 @@ def graphed(step: Callable[[Tensor], Tensor], micros: Tensor) -> Callable[[Tenso
     return run
 
 
-def to_cpu(numbers: Tensor) -> Callable[[], list[float]]:
-    """Copy numbers to the CPU. The call returned waits for them, but not for later work."""
+def to_cpu(numbers: Tensor, came: bool) -> Callable[[], list[float]]:
+    """Copy numbers to the CPU, and one more: above 0 if a signal came to any process. The call that
+    this returns waits for them, but not for later work."""
+    came = sum_over_processes(torch.full((1,), float(came), device=numbers.device))
+    numbers = torch.cat((numbers, came))
     copy = numbers.to("cpu", non_blocking=True)
     if not numbers.is_cuda:
         return copy.tolist
@@ -351,10 +358,20 @@ def check_run(
     if start > train.steps:
         raise ValueError(f"the run in {train.out} has done {start} steps: give more than --steps"
                          f" {train.steps}")
+    if checkpoint and checkpoint.get("tokenizer", meta["tokenizer"]) != meta["tokenizer"]:
+        raise ValueError(f"{data} is in tokens of {meta['tokenizer']} and the model in those of"
+                         f" {checkpoint['tokenizer']}: name data in its tokens with --data")
     if checkpoint and checkpoint.get("data", data_hash) != data_hash:
         raise ValueError(f"{data} is not the data that the run in {train.out} was trained on: name"
                          " that with --data")
     return meta
+
+
+def find_data(folder: str) -> None:
+    """Prepare the default data if they are missing, and check that no data have changed."""
+    if folder == DEFAULT_DATA and not os.path.exists(folder):
+        prepare([], folder)
+    verify_tokens(folder)
 
 
 def main(argv: list[str]) -> None:
@@ -362,13 +379,12 @@ def main(argv: list[str]) -> None:
     config, train, checkpoint = parse_config(argv)
     device = pick_device(train.device)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        if train.data == DEFAULT_DATA and not os.path.exists(train.data):
-            prepare([], train.data)
-        verify_tokens(train.data)
+        find_data(train.data)
     rank, n_process, device = join_processes(device)
-    start, T = checkpoint["step"] if checkpoint else 0, config.block_size
     meta = check_run(config, train, checkpoint, device)
-    tokens, held_out = open_tokens(train.data, "train"), open_tokens(train.data, "val")
+    start, T = checkpoint["step"] if checkpoint else 0, config.block_size
+    tokens = open_tokens(train.data, "train")
+    held_out = open_tokens(train.data, "val")[: train.eval_tokens + 1]
     tokenizer = load_tokenizer(meta["tokenizer"])
     model, parallel = build_model(config, train, device, n_process)
     optimizer = make_optimizer(model, train)
@@ -376,10 +392,8 @@ def main(argv: list[str]) -> None:
         files.restore(model, optimizer, checkpoint)
         checkpoint = None  # its file is mapped into memory, and would stay on the disk if removed
     log, saver = Log(train.out, start, writes=rank == 0), files.Saver(train.out)
-    settings = {
-        "config": dataclasses.asdict(config), "train": dataclasses.asdict(train),
-        "tokenizer": meta["tokenizer"], "data": meta["train"]["sha256"],
-    }  # fmt: skip
+    settings = {"config": asdict(config), "train": asdict(train)}
+    settings |= {"tokenizer": meta["tokenizer"], "data": meta["train"]["sha256"]}
     log.begin(model, settings, device, n_process, start)
 
     def draw(step: int) -> Tensor:
@@ -402,8 +416,7 @@ def main(argv: list[str]) -> None:
             if can_graph and step == start + 1:
                 step_once = graphed(step_once, micros)
             numbers = step_once(micros)
-            came = sum_over_processes(torch.full((1,), float(signals.came), device=device))
-            waiting.append((done, lr, to_cpu(torch.cat((numbers, came)))))
+            waiting.append((done, lr, to_cpu(numbers, signals.came)))
             micros = draw(done)  # while the device computes
 
             evaluates = last or done % train.eval_every == 0
@@ -412,8 +425,7 @@ def main(argv: list[str]) -> None:
                 finite, stopping = log.update(*waiting.popleft())
             val_loss, best = None, False
             if evaluates:
-                text = held_out[: train.eval_tokens + 1]
-                part = evaluate(parallel, text, T, train.micro_batch, device, rank, n_process)
+                part = evaluate(parallel, held_out, T, train.micro_batch, device, rank, n_process)
                 val_loss = sum_over_processes(part).item()
                 val_bpb = bits_per_byte(val_loss, meta["val"])
                 best = log.evaluation(done, val_loss, val_bpb, knock_movement(model))
@@ -435,12 +447,11 @@ def main(argv: list[str]) -> None:
                 " --resume goes on")
     elif start == train.steps:
         log.say(f"nothing to train: all {start} steps are done (give more --steps)")
-    if train.sample_tokens and (last or not stopping):
+    if train.sample_tokens and (not stopping or last):
         torch.compiler.set_stance("force_eager")  # each length would be compiled for itself
+        options = {"max_new_tokens": train.sample_tokens}
         with nullcontext() if rank == 0 else redirect_stdout(None):
-            write_samples(
-                model.eval(), tokenizer, train.prompt, max_new_tokens=train.sample_tokens
-            )
+            write_samples(model.eval(), tokenizer, train.prompt, **options)
     leave_processes()
 
 

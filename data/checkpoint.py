@@ -59,7 +59,8 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
 
     Of the optimizer's state only the moments are taken, not its settings.
     """
-    options = sharded.StateDictOptions(full_state_dict=True)
+    # What a new run starts from may lack knocks: then these keep their own start.
+    options = sharded.StateDictOptions(full_state_dict=True, strict=checkpoint["step"] > 0)
     sharded.set_model_state_dict(model, checkpoint["model"], options=options)
     if "optimizer" not in checkpoint:
         return
@@ -202,12 +203,9 @@ class FormatError(ValueError):
     """A checkpoint of another version of the project."""
 
 
-def load_checkpoint(path: str, device: str = "cpu") -> tuple[Transformer, dict]:
-    """The model in a checkpoint, in evaluation mode, and all else that the checkpoint holds.
-
-    `path` names a file, or a run's folder: then best.pt in it, or if there is none the newest.
-    Raises FileNotFoundError if there is none, ValueError if it is damaged.
-    """
+def find_checkpoint(path: str) -> str:
+    """The file that `path` names: itself, or of a run's folder best.pt, or if there is none the
+    newest. Raises FileNotFoundError if there is none."""
     if os.path.isdir(path):
         candidates = [os.path.join(path, "best.pt"), *list_checkpoints(path)]
         path = next((file for file in candidates if os.path.isfile(file)), path)
@@ -215,6 +213,35 @@ def load_checkpoint(path: str, device: str = "cpu") -> tuple[Transformer, dict]:
         raise FileNotFoundError(
             f"no checkpoint at {path}: train one with train.py, or name another"
         )
+    return path
+
+
+def start_from(path: str, changes: dict) -> tuple[Config, dict]:
+    """The Config of a new run and the checkpoint that it starts from, with the weights at `path` (a
+    file or a run's folder). `changes` are fields of the Config; new knocks are left to their start.
+
+    Raises ValueError if the weights do not fit these changes, and what read_checkpoint raises.
+    """
+    saved = read_checkpoint(find_checkpoint(path))
+    config, weights = Config(**{**saved["config"], **changes}), saved["model"]
+    with torch.device("meta"):
+        wanted = Transformer(config).state_dict()
+    for name in {**wanted, **weights}:
+        new, old = wanted.get(name), weights.get(name)
+        is_new_knock = old is None and ".knock." in name
+        if not is_new_knock and (new is None or old is None or new.shape != old.shape):
+            given = ", ".join(f"--{field} {value}" for field, value in changes.items())
+            raise ValueError(
+                f"the weights of {path} do not fit a model with {given or 'its own config'}"
+                f" ({name} differs): leave out what changes their shapes"
+            )
+    return config, {"model": weights, "step": 0, "tokenizer": saved["tokenizer"]}
+
+
+def load_checkpoint(path: str, device: str = "cpu") -> tuple[Transformer, dict]:
+    """The model in a checkpoint, in evaluation mode, and all else that the checkpoint holds, with
+    its "path". Raises FileNotFoundError if there is none, ValueError if it is damaged."""
+    path = find_checkpoint(path)
     checkpoint = read_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(Config(**checkpoint["config"]))
