@@ -25,9 +25,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -220,10 +219,6 @@ class GQA(nn.Module):
         return self.wo(y.flatten(2))
 
 
-# --------------------------------------------------------------------------------------------------
-# The model
-
-
 class Block(nn.Module):
     """x + attention, then x + feed-forward, each of the normalised x: (B, T, C) -> (B, T, C)."""
 
@@ -242,18 +237,12 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of targets (B, T) by the logits x W^T: x (B, T, C), W (V, C)."""
-    logits = F.linear(x, weight.to(x.dtype))  # (B, T, V)
-    return F.cross_entropy(upcast(logits).flatten(0, 1), targets.flatten())
-
-
 @torch.no_grad()
 def init_weights(module: nn.Module, config: Config) -> None:
     """Give every weight its start, in place, for a whole model or for one part after the other.
 
-    Knocks at the identity draw no random numbers (section 3.3): so the same seed gives the same
-    base weights and the very same function, whichever knocks there are.
+    Knocks at the identity (section 3.3) draw no random numbers: the same seed gives the same base
+    weights and the very same function, whichever knocks there are.
     """
     out_std = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: the residual stream keeps its size
     for name, p in module.named_parameters():
@@ -277,9 +266,9 @@ def init_weights(module: nn.Module, config: Config) -> None:
 class Transformer(nn.Module):
     """The decoder. Activations have `compute_dtype`; None is the weights' dtype. With `recompute`
     the backward pass computes each block's activations a second time instead of keeping them.
-    `loss` is called like `cross_entropy`; train.py passes a faster one."""
+    `loss` may be a function of (x, embedding, targets) that needs less memory: train.py has one."""
 
-    def __init__(self, config: Config, compute_dtype=None, recompute=False, loss=cross_entropy):
+    def __init__(self, config: Config, compute_dtype=None, recompute=False, loss=None):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         self.recompute, self.loss = recompute, loss
@@ -290,11 +279,8 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, targets=None, index=None, cache=None) -> Tensor:
         """Logits (B, T, V) of the token after each of tokens (B, T); or with targets (B, T) the
-        mean cross-entropy in nats, a scalar.
-
-        A cache (sample.Cache) stores what later tokens need. Tokens that continue the text in it
-        come with their positions `index` (T,); without these, they start a text. Raises ValueError
-        for more than block_size tokens.
+        mean cross-entropy in nats, a scalar. A cache (sample.Cache) stores what later tokens need:
+        these then come with their positions `index` (T,). Raises ValueError for too many tokens.
         """
         T, c, mask = tokens.shape[1], self.config, None
         if T > c.block_size:
@@ -312,7 +298,9 @@ class Transformer(nn.Module):
                 x = block(x, positions, cache.layers[i] if cache else None)
         if targets is None:
             return self.logits(x)
-        return self.loss(self.norm(x), self.embed.weight, targets)
+        if self.loss:
+            return self.loss(self.norm(x), self.embed.weight, targets)
+        return F.cross_entropy(upcast(self.logits(x)).flatten(0, 1), targets.flatten())
 
     def logits(self, x: Tensor) -> Tensor:
         """The model's end: (B, T, C) -> (B, T, V)."""
@@ -324,7 +312,7 @@ class Transformer(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# To look up: the other attentions of Table 3
+# To look up: the other attentions of Table 3, knocks on models that are not ours, folding, configs
 
 
 def attend_to_past(q, k, v, mask: Tensor, scale: float | None) -> Tensor:
@@ -373,10 +361,9 @@ class MLA(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): (B, T, C) -> (B, T, C).
 
     Keys and values of all heads come from a latent of kv_rank numbers, R below. RoPE turns D/2
-    features of their own, which all heads share on the side of the keys. With n_kv_head > 1 there
-    are that many latents, each for its own group of heads: GLA (arXiv 2505.21487). Sampling never
-    makes keys and values: W^UK moves to the query, W^UV to the output, and attention runs on the
-    latents, which are all that the cache holds. That needs knocks that are linear.
+    features of their own, which all heads share on the side of the keys. With n_kv_head > 1, each
+    group of heads has a latent of its own: GLA (arXiv 2505.21487). Sampling never makes keys and
+    values: W^UK moves to the query, W^UV to the output, and attention runs on the cached latents.
     """
 
     def __init__(self, config: Config):
@@ -421,9 +408,6 @@ class MLA(nn.Module):
 
 ATTENTIONS = {"gqa": GQA, "gta": GTA, "mla": MLA}
 
-# --------------------------------------------------------------------------------------------------
-# To look up: knocks on models that are not ours, and models without their knocks
-
 
 class KnockedLinear(nn.Linear):
     """The nn.Linear of another model, its weight and bias under their names, and its knocks."""
@@ -441,31 +425,18 @@ class KnockedLinear(nn.Linear):
             y = torch.cat((before, heads, after), dim=-1)
         return y
 
-    def fold_linear(self) -> nn.Linear:
-        """The nn.Linear that computes the same, for linear knocks: x W T + b T = (x W + b) T."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        plain.weight, plain.bias, plain.training = self.weight, self.bias, self.training
-        for knock, (start, stop) in zip(self.knocks, self.rows, strict=True):
-            plain.weight[start:stop] = absorb(plain.weight[start:stop], knock.t)
-            if plain.bias is not None:
-                plain.bias[start:stop] = absorb(plain.bias[start:stop, None], knock.t)[:, 0]
-        return plain
-
 
 def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=slice(None)) -> dict:
     """Put knocks of `kind` (linear or mlp) on projections of a PyTorch model that is not ours.
 
-    They go to the nn.Linear modules with names that match the fnmatch `pattern`, such as
-    "*.v_proj": one knock for each, shared by its heads of head_dim outputs. Where one nn.Linear
-    makes queries, keys and values, `rows` are the outputs to knock on; for nanoGPT's values
-    slice(2 * n_embd, 3 * n_embd). The knocks are parameters of the model and start as the
-    identity, so its output does not change. Returns each Knock by the name of its projection.
+    These are the nn.Linear with names that match the fnmatch `pattern`, such as "*.v_proj". Each
+    gets one knock, which its heads of head_dim outputs share. Where one nn.Linear makes queries,
+    keys and values, `rows` are the outputs to knock on: slice(2 * n_embd, 3 * n_embd) for nanoGPT's
+    values. The output of the model does not change until the knocks have trained. Returns each
+    Knock by the name of its projection. Raises ValueError, and changes nothing, if that cannot be.
 
     To load such a model: make the base model, call add_knocks as before, then load_state_dict.
     LoRA on a knocked projection adds to what the knock returns: fold first, then merge.
-
-    Raises ValueError, and leaves the model as it is, if nothing matches, or if a match is no plain
-    nn.Linear, knocks already, or does not divide into heads.
     """
     if isinstance(model, Transformer):
         raise ValueError("ours have their knocks by Config: set knock_q, knock_k, knock_v")
@@ -502,11 +473,9 @@ class FoldedGate(nn.Module):
     """What folding leaves of an mlp or gate knock: 2 up * sigmoid(gate), and W^down if W^O did not
     take it. The projection makes up and gate, side by side: (..., 2 * H, D) -> (..., H, D)."""
 
-    kind = "folded"
-
     def __init__(self, head_dim: int, down: Tensor | None):
         super().__init__()
-        self.head_dim = head_dim
+        self.kind, self.head_dim = "folded", head_dim
         self.down = None if down is None else nn.Parameter(down)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -517,69 +486,66 @@ class FoldedGate(nn.Module):
 
 @torch.no_grad()
 def fold(model: nn.Module, value: str | None = None, output: str | None = None) -> nn.Module:
-    """Turn a trained model, in place, into one that computes the same without knocks; returns it.
-
-    Linear knocks vanish into W^Q, W^K, W^V (eq. 8). W^up and W^gate do too, and a `FoldedGate`
+    """Turn a trained model, in place, into one for sampling that computes the same without knocks;
+    returns it. T vanishes into W^Q, W^K, W^V (eq. 8), and so do W^up and W^gate; a `FoldedGate`
     remains. W^down vanishes into W^O where the heads are values and nothing else, because attention
-    is linear in the values: W^O_h' = W^down W^O_h. A folded model is for sampling, not training.
+    is linear in the values. A model that is not ours must say where that is, by the names that the
+    two nn.Linear have side by side, such as value="v_proj" and output="o_proj". Raises ValueError
+    for an MLP knock on a projection with bias or on only a part of its outputs."""
 
-    A model that is not ours must say where that is: by the names that these two nn.Linear have side
-    by side, such as value="v_proj" and output="o_proj". Raises ValueError if W^O is no plain
-    nn.Linear, and for an MLP knock on a projection with bias or on only a part of its outputs.
-    """
     if isinstance(model, Transformer):
         value, output = ("wv", "wo") if model.config.attention == "gqa" else (None, None)
-        kinds = {f"knock_{part}": getattr(model.config, f"knock_{part}") for part in "qkv"}
-        gone = {name: "none" for name, kind in kinds.items() if kind == "linear"}
-        model.config = dataclasses.replace(model.config, **gone)
+        c, places = model.config, ("knock_q", "knock_k", "knock_v")
+        gone = {place: "none" for place in places if getattr(c, place) == "linear"}
+        model.config = dataclasses.replace(c, **gone)
     for name, part in list(model.named_modules()):
         place, _, child = name.rpartition(".")
-        wo = getattr(model.get_submodule(place), output or "", None) if child == value else None
-        if isinstance(part, Heads) and part.knock.kind == "linear":
-            part.weight.copy_(part.knocked_weight(part.weight.dtype))
-            part.knock = Knock("none", part.knock.head_dim)
-        elif isinstance(part, Heads) and part.knock.kind != "none":
-            part.weight, part.knock = fold_gate(part.weight, part.knock, wo)
-        elif isinstance(part, KnockedLinear) and all(k.kind == "linear" for k in part.knocks):
-            model.set_submodule(name, part.fold_linear())
+        if isinstance(part, Heads):
+            knocks, rows, bias = [part.knock], [(0, len(part.weight))], None
         elif isinstance(part, KnockedLinear):
-            if part.bias is not None or part.rows != [(0, part.out_features)]:
-                raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias, or outputs"
-                                 " that do not knock")
-            if child == value and type(wo) is not nn.Linear:
-                raise ValueError(f"{name} has no neighbour {output} that is a plain nn.Linear")
-            part.weight, part.knocks[0] = fold_gate(part.weight, part.knocks[0], wo)
-            part.rows = [(0, len(part.weight))]
+            knocks, rows, bias = part.knocks, part.rows, part.bias
+        else:
+            continue
+        gate = None
+        for knock, (start, stop) in zip(knocks, rows, strict=True):
+            if knock.kind == "linear":
+                part.weight[start:stop] = absorb(part.weight[start:stop], knock.t)
+                if bias is not None:  # (x W + b) T = x W T + b T
+                    bias[start:stop] = absorb(bias[start:stop, None], knock.t)[:, 0]
+            elif knock.kind != "none":
+                if bias is not None or stop - start < len(part.weight):
+                    raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias, or"
+                                     " outputs that do not knock")
+                wo = getattr(model.get_submodule(place), output or "", None)
+                if child == value and type(wo) not in (nn.Linear, Linear):
+                    raise ValueError(f"{name} has no neighbour {output}, a plain nn.Linear")
+                part.weight, gate = fold_gate(part.weight, knock, wo if child == value else None)
+        if isinstance(part, Heads):
+            part.knock = gate or Knock("none", part.knock.head_dim)
+        elif gate:
+            part.knocks, part.rows = nn.ModuleList([gate]), [(0, len(part.weight))]
+        else:
+            plain = nn.Linear(part.in_features, part.out_features, bias=False, device="meta")
+            plain.weight, plain.bias, plain.training = part.weight, part.bias, part.training
+            model.set_submodule(name, plain)
     return model
 
 
-def fold_gate(weight: Tensor, knock: Knock, wo: nn.Module | None):
-    """`fold` of one mlp or gate knock, and its W^down into `wo` if given: the new weight
-    (2 * H * D, n_in) of the projection, and a FoldedGate."""
+def fold_gate(weight: Tensor, knock: Knock, wo: nn.Module | None) -> tuple[Tensor, FoldedGate]:
+    """`fold` of one mlp or gate knock and its projection (H * D, n_in), W^down into `wo` if given:
+    the projection's new weight (2 * H * D, n_in) and what remains of the knock."""
     up = absorb(weight, knock.up) if knock.kind == "mlp" else weight
     weight = nn.Parameter(torch.cat((up, absorb(weight, knock.gate))))
-    if knock.kind == "gate":
-        return weight, FoldedGate(knock.head_dim, None)
-    if wo is None:
-        return weight, FoldedGate(knock.head_dim, knock.down.clone())
-    heads = wo.weight.unflatten(1, (-1, knock.head_dim))  # (n_out, H, D): (W^O_h)^T
-    wo.weight.copy_((heads @ knock.down.mT).flatten(1))
-    return weight, FoldedGate(knock.head_dim, None)
-
-
-def knocks_of(model: nn.Module) -> dict[str, Knock]:
-    """Every knock of a model that does something, by its name, such as blocks.0.attn.wv.knock."""
-    knocks = {name: part for name, part in model.named_modules() if isinstance(part, Knock)}
-    return {name: knock for name, knock in knocks.items() if knock.kind != "none"}
-
-
-# --------------------------------------------------------------------------------------------------
-# To look up: which shapes can be built, and those that have a name
+    down = knock.down.clone() if knock.kind == "mlp" else None
+    if down is not None and wo is not None:
+        heads = wo.weight.unflatten(1, (-1, knock.head_dim))  # (n_out, H, D): (W^O_h)^T
+        wo.weight.copy_((heads @ down.mT).flatten(1))
+        down = None
+    return weight, FoldedGate(knock.head_dim, down)
 
 
 def check_config(c: Config) -> None:
     """Raises ValueError, in one line, for a shape that cannot be built."""
-    may_be_zero = ("n_expert", "top_k", "kv_rank", "q_rank")
     choices = {"attention": tuple(ATTENTIONS), "knock_init": ("identity", "random")}
     choices |= {f"knock_{part}": tuple(KNOCKS) for part in "qkv"}
     for field in dataclasses.fields(c):
@@ -587,7 +553,7 @@ def check_config(c: Config) -> None:
         allowed = choices.get(field.name, (value,))
         if value not in allowed:
             raise ValueError(f"{field.name} must be one of {', '.join(allowed)}, not {value!r}")
-        zero = value == 0 and field.name in may_be_zero
+        zero = value == 0 and field.name in ("n_expert", "top_k", "kv_rank", "q_rank")
         if field.type in (int, float) and not (0 < value < math.inf or zero):
             raise ValueError(f"{field.name} must be positive, not {value}")
     mla, knocks = c.attention == "mla", {c.knock_q, c.knock_k, c.knock_v}
@@ -595,13 +561,11 @@ def check_config(c: Config) -> None:
         (c.n_head % c.n_kv_head,
          f"n_head must be a multiple of n_kv_head, but {c.n_head} is not one of {c.n_kv_head}"),
         (c.head_dim % 2 or c.rope_dim % 2,
-         f"head_dim must be even (gta, mla: a multiple of 4), because RoPE turns pairs of features,"
-         f" not {c.head_dim}"),
+         f"head_dim must be even (gta, mla: a multiple of 4), as RoPE turns pairs: {c.head_dim}"),
         (c.attention == "gta" and c.knock_k != "none",
          "gta has one state for key and value, which knock_v knocks: leave knock_k none"),
         (mla and knocks - {"none", "linear"},
-         "mla takes linear knocks only, because sampling never makes its keys and values: set"
-         " knock_q, knock_k, knock_v to linear or none"),
+         "mla takes linear knocks only: set knock_q, knock_k, knock_v to linear or none"),
         (mla and (c.kv_rank == 0 or c.kv_rank % c.n_kv_head),
          f"mla needs a kv_rank that is a multiple of n_kv_head, not {c.kv_rank}"),
         (not mla and (c.kv_rank or c.q_rank),
@@ -615,11 +579,9 @@ def check_config(c: Config) -> None:
             raise ValueError(message)
 
 
-# For bytes: 257 tokens, rounded up to a multiple of 64. The paper: the Ling 2.0 tokenizer.
-_bytes = dict(vocab_size=320)
+_bytes = dict(vocab_size=320)  # 257 tokens, rounded up to a multiple of 64
 _paper = dict(vocab_size=157184, head_dim=128, n_head=32, n_kv_head=4, block_size=4096)
-CONFIGS = {
-    # The toy is for two CPU cores, small for studies on one GPU.
+CONFIGS = {  # toy is for two CPU cores, small for studies on one GPU
     "toy": dict(_bytes, block_size=256, n_layer=3, n_embd=160, n_head=4, n_kv_head=2, head_dim=32,
                 d_ff=128, n_expert=8, top_k=2),
     "small": dict(_bytes, n_layer=10, n_embd=512, n_head=12, n_kv_head=4, head_dim=64, d_ff=224,
@@ -639,9 +601,8 @@ CONFIGS = {
 
 
 # --------------------------------------------------------------------------------------------------
-# The same, faster: KHA-MLP as one kernel. On a GPU the costs of eq. 9 are not its FLOPs but the
-# passes of the heads through memory. Here a tile of heads stays on the chip: 2 passes forward and
-# 3 backward, instead of about 10 and 22.
+# The same, faster: KHA-MLP as one kernel. A tile of heads stays on the chip, so the heads pass
+# through memory 2 times forward and 3 times backward, instead of about 10 and 22 times.
 
 
 @torch.compiler.assume_constant_result
@@ -675,8 +636,8 @@ if triton:
     @triton.jit
     def mlp_backward_kernel(x_ptr, up_ptr, gate_ptr, down_ptr, dy_ptr, dx_ptr, dw_ptr, n, n_tile,
                             D: tl.constexpr, ROWS: tl.constexpr):
-        """Gradients of eq. 9 by x (n, D) and by the matrices. Each program does n_tile tiles of
-        ROWS heads; it writes their sum for each matrix to a part of dw (programs, 3, D, D)."""
+        """Gradients of eq. 9, by x (n, D) and by the matrices. Each program does n_tile tiles of
+        ROWS heads, and writes its sums for the matrices to its part of dw (programs, 3, D, D)."""
         column = tl.arange(0, D)
         square = column[:, None] * D + column
         w_up, w_gate = tl.load(up_ptr + square), tl.load(gate_ptr + square)
@@ -719,17 +680,15 @@ if triton:
         """Gradients of `fused_mlp`: by x, and by up, gate and down, one tensor (3, D, D)."""
         x, dy, D = x.contiguous(), dy.contiguous(), x.shape[-1]
         # The fastest on an H100: rows, warps, programs on a processor, stages of loading.
-        rows, num_warps, programs, stages = (64, 4, 2, 2) if D < 128 else (16, 8, 1, 3)
+        rows, warps, programs, stages = (64, 4, 2, 2) if D < 128 else (16, 8, 1, 3)
+        how = {"num_warps": warps, "num_stages": stages}
         n = x.numel() // D
         programs *= torch.cuda.get_device_properties(x.device).multi_processor_count
         n_tile = triton.cdiv(n, rows * programs)
         programs = triton.cdiv(n, rows * n_tile)
         dx, dw = torch.empty_like(x), x.new_empty(programs, 3, D, D, dtype=torch.float32)
         kernel = torch.library.wrap_triton(mlp_backward_kernel)
-        kernel[(programs,)](
-            x, up, gate, down, dy, dx, dw, n, n_tile, D, rows,
-            num_warps=num_warps, num_stages=stages,
-        )  # fmt: skip
+        kernel[(programs,)](x, up, gate, down, dy, dx, dw, n, n_tile, D, rows, **how)
         return dx, dw.sum(0).to(x.dtype)
 
     def mlp_gradients(ctx, dy: Tensor) -> tuple[Tensor, ...]:

@@ -9,9 +9,7 @@ import torch
 import kha
 import sample
 from data import loss as chunked
-from data.figures import (
-    knock_movement,
-)
+from data.figures import knock_movement, knocks_of
 from data.loss import chunked_loss
 from kha import (
     CONFIGS,
@@ -20,7 +18,6 @@ from kha import (
     Knock,
     Transformer,
     fold,
-    knocks_of,
     rope_tables,
     rotate,
 )
