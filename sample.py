@@ -8,10 +8,14 @@ prepared data instead, with --export_hf it writes the model for transformers.
 import argparse
 import codecs
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
+
+# Threads must not spin while they wait: a second job on the machine would take their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import tiktoken
@@ -51,7 +55,7 @@ class LayerCache:
         self.length, self.buffers = length, []
 
     def update(self, positions: Positions, *new: Tensor) -> Iterable[Tensor]:
-        """Store `new` (B, T, ...) at the positions; returns what these tokens attend to (B, S, ...).
+        """Store `new` (B, T, ...) at the positions; returns what these tokens attend to (B, S, ..).
 
         At the start of a text that is `new` itself (S = T), later the whole buffers (S = length).
         Shapes never change after the start, and the positions are on the device: so a CUDA graph of

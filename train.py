@@ -21,6 +21,9 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 
+# Threads must not spin while they wait: a second job on the machine would take their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -93,9 +96,7 @@ class TrainConfig:
             if field.type in (int, float) and not (0 < value < math.inf or zero):
                 raise ValueError(f"{field.name} must be positive, not {value}")
         if max(self.beta1, self.beta2) >= 1:
-            raise ValueError(
-                f"beta1 and beta2 must be under 1, not {self.beta1} and {self.beta2}"
-            )
+            raise ValueError(f"beta1 and beta2 must be under 1, not {self.beta1} and {self.beta2}")
         for name, choices in (("balance", BALANCE_RULES), ("parallel", ("ddp", "fsdp"))):
             value = getattr(self, name)
             if value not in choices:
