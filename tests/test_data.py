@@ -341,6 +341,18 @@ def test_a_few_files_hold_out_their_ends(tmp_path):
     assert all(0.01 <= len(val) / len(train + val) < 0.013 for train, val in parts)
 
 
+@pytest.mark.parametrize("size, val_fraction, line_end", [
+    (2052, 0.05, 1000), (10**6, 0.001, 985_000), (10**6, 0.05, 929_000),
+])
+def test_a_line_end_is_no_reason_to_miss_what_is_wanted(size, val_fraction, line_end):
+    tokens = np.full(size, ord("a"))
+    tokens[line_end] = ord("\n")
+    ends, digests = np.array([size]), np.array([7], np.uint64)
+    (cut,) = hold_out(tokens, ends, digests, val_fraction, load_tokenizer("byte"))
+    wanted = max(val_fraction * size, SEQUENCE)
+    assert cut + 1 >= SEQUENCE and size - cut == pytest.approx(wanted, abs=2)
+
+
 def test_a_cut_at_the_end_of_a_block_of_the_file(tmp_path):
     """95% of this text are 2**20 bytes of tokens: nothing of the rest is in the reader's buffer."""
     text = "0123456789" * 55_188 + "abc"
