@@ -39,12 +39,13 @@ class SwiGLU(nn.Module):
 
 
 def largest(x: torch.Tensor, k: int) -> torch.Tensor:
-    """The places of the k largest numbers of each row, largest first: (N, E) -> (N, k).
+    """The columns of the k largest numbers of each row, largest first: (N, E) -> (N, k).
 
     Compiled, this becomes one kernel with the operations around it. topk is a kernel of its own and
     slower; a sort takes longer to compile.
     """
-    columns, indices = torch.arange(x.shape[-1], device=x.device), []
+    columns = torch.arange(x.shape[-1], device=x.device)
+    indices = []
     for _ in range(k):
         indices.append(x.argmax(-1, keepdim=True))  # (N, 1)
         x = x.masked_fill(columns == indices[-1], -math.inf)
@@ -70,8 +71,9 @@ class MoE(nn.Module):
     """Mixture of n_expert SwiGLU experts of width d_ff, top_k of them per token: (..., C) -> same.
 
     Buffers: `bias` (E,) is added to the scores when experts are chosen, and nowhere else. `load`
-    (E,) counts the tokens of each expert in training mode since the last `balance`; with
-    activations that are computed again in the backward pass it counts them twice.
+    (E,) counts the tokens of each expert in training mode since the last `balance`. Where
+    activations are computed again in the backward pass it counts them twice, which changes nothing:
+    `balance` looks at shares only.
     """
 
     def __init__(self, n_embd: int, d_ff: int, n_expert: int, top_k: int):
@@ -100,18 +102,19 @@ class MoE(nn.Module):
         x = x.reshape(-1, shape[-1])  # (N, C)
         chosen, weights = self.route(x)
         if not self.training and chosen.numel() < self.n_expert:
-            # Sampling: few tokens read the weights of their own experts only.
+            # Sampling: not all experts are needed, so read the weights of the chosen ones only.
             h = x[:, None, None] @ self.experts_up[chosen].to(x.dtype)  # (N, K, 1, 2F)
             h = (swiglu(h) * weights[..., None, None]).to(x.dtype)  # (N, K, 1, F)
             return (h @ self.experts_down[chosen].to(x.dtype)).sum(1).view(shape)
 
         # Slot n*K + j is choice j of token n. Sorted by expert, the slots of an expert are
         # neighbours: one grouped matmul runs all experts, without a capacity, and drops no token.
-        expert, order = chosen.flatten().to(torch.int16).sort(stable=True)  # (N*K,), short keys
+        # int16 sorts faster than int64.
+        sorted_expert, order = chosen.flatten().to(torch.int16).sort(stable=True)  # (N*K,)
         slots = torch.arange(len(order), device=x.device)
         inverse = torch.empty_like(order).scatter_(0, order, slots)
-        experts = torch.arange(self.n_expert, dtype=expert.dtype, device=x.device)
-        ends = torch.searchsorted(expert, experts, right=True)  # (E,)
+        experts = torch.arange(self.n_expert, dtype=sorted_expert.dtype, device=x.device)
+        ends = torch.searchsorted(sorted_expert, experts, right=True)  # (E,): where each one ends
         if self.training:
             self.load.add_(ends.diff(prepend=ends.new_zeros(1)))
 
@@ -131,9 +134,11 @@ class MoE(nn.Module):
 
         F is the share of the load that each expert had, and Q = 1/n_expert. Rule "rms" (Su 2025) is
         b <- b - rate * (F - Q) / RMS(F - Q), rule "sign" (Wang et al. 2024) is
-        b <- b - rate * sign(F - Q).
+        b <- b - rate * sign(F - Q). Raises ValueError for another rule.
         """
-        error = self.load - self.load.mean()  # F - Q times the tokens: the scale cancels
+        if rule not in BALANCE_RULES:
+            raise ValueError(f"balance must be one of {', '.join(BALANCE_RULES)}, not {rule!r}")
+        error = self.load - self.load.mean()  # in proportion to F - Q: both rules cancel the scale
         if rule == "sign":
             step = error.sign()
         else:  # an even load has RMS 0 and moves nothing
