@@ -3,12 +3,12 @@
 Each group is a table, and each of its rows is measured in processes of its own. All groups but
 "cpu" are for one GPU. tests/BENCHMARKS.md keeps what they said.
 
-Training rows are runs of train.py, as a user starts them, or of a peer by tests/peers.py, which says
-what is equal. Their numbers come from log.jsonl: the median of the updates in the second half of the
-run, in brackets their quartiles; MFU; the peak of memory. "First update" is the time from the command
-until the first update is in the log, with torch's caches empty. "Kernels alone" comes from a second
-run: torch's profiler adds up the kernels of ten updates (on a CPU all operations), and the number
-is the speed that there would be without gaps between them.
+Training rows are runs of train.py, as a user starts them, or of a peer by tests/peers.py, where it
+is said what is equal. Their numbers come from log.jsonl: the median of the updates in the second
+half of the run, in brackets their quartiles; MFU; the peak of memory. "First update" is the time
+from the command until the first update is in the log, with torch's caches empty. "Kernels alone"
+comes from a second run: torch's profiler adds up the kernels of ten updates (on a CPU all
+operations), and the number is the speed that there would be without gaps between them.
 
 Decoding rows are greedy steps of one token after a prompt, on models of random weights. Their bound
 is the time in which the GPU can read what a step needs from its memory: the weights, of experts
@@ -115,7 +115,6 @@ GROUPS = {
         ),
     },
 }  # fmt: skip
-ROWS = {name: row for rows in GROUPS.values() for name, row in rows.items()}
 
 
 def measure(row: Row, data: str) -> dict[str, float]:
@@ -273,29 +272,32 @@ def main(argv: list[str]) -> None:
     """The command line. Raises ValueError or OSError for bad input."""
     parser = argparse.ArgumentParser("bench.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"groups: {', '.join(GROUPS)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of a group or a row")
     parser.add_argument("--data", default=training.DEFAULT_DATA, help="made by data/prepare.py")
-    parser.add_argument("--here", action="store_true", help="one row in this process, as JSON")
+    parser.add_argument("--here", metavar="ROW", help="measure one row, in JSON, in this process")
     args = parse_args(parser, argv)
-    if unknown := set(args.names) - set(GROUPS) - set(ROWS):
-        raise ValueError(f"no group or row {', '.join(unknown)}: groups are {', '.join(GROUPS)}")
     if args.here:
-        print(json.dumps(measure(ROWS[args.names[0]], args.data)))
+        print(json.dumps(measure(Row(*json.loads(args.here)), args.data)))
         return
+    rows = {name: row for rows in GROUPS.values() for name, row in rows.items()}
+    unknown = [name for name in args.names if name not in GROUPS and name not in rows]
+    if unknown or not args.names:
+        wrong = f"no group or row {', '.join(unknown)}: " if unknown else ""
+        raise ValueError(f"{wrong}name some of {', '.join(GROUPS)}, or rows of their tables")
     if args.data == training.DEFAULT_DATA and not os.path.exists(args.data):
         prepare([], args.data)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{gpu}, torch {torch.__version__}")
     speeds, n_failed = {}, 0
     for name in args.names:
-        rows = GROUPS.get(name) or {name: ROWS[name]}
-        head = DECODE_HEAD if any(row.samples for row in rows.values()) else TRAIN_HEAD
+        group = GROUPS.get(name) or {name: rows[name]}
+        head = DECODE_HEAD if any(row.samples for row in group.values()) else TRAIN_HEAD
         print(f"\n| {head} |\n|{' --- |' * len(head.split('|'))}", flush=True)
-        for name, row in rows.items():
+        for name, row in group.items():
             if need := missing(row):
                 print(f"| {name} | left out: {need} |", flush=True)
                 continue
-            command = [sys.executable, __file__, name, "--data", args.data, "--here"]
+            command = [sys.executable, __file__, "--data", args.data, "--here", json.dumps(row)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 n_failed += 1
@@ -304,7 +306,7 @@ def main(argv: list[str]) -> None:
             found = json.loads(done.stdout.splitlines()[-1])
             speeds[name] = found["speed"]
             print(f"| {name} | {' | '.join(cells(row, found, speeds))} |", flush=True)
-    sys.exit(n_failed > 0)
+    sys.exit(1 if n_failed else 0)
 
 
 if __name__ == "__main__":
