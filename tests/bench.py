@@ -18,7 +18,6 @@ Peers that are not here are left out: nanoGPT (a clone at $NANOGPT) and transfor
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -44,14 +43,14 @@ from data.prepare import prepare
 from data.script import parse_args, run_script
 from kha import Transformer
 from sample import compile_steps, generate, lighten, pick_device
-from tests.peers import ROOT, build_transformers, check_clone, split_command
+from tests.peers import ROOT, build_transformers, missing, split_command
 from tests.report import read_log
 
 BANDWIDTH = {"H100 80GB HBM3": 3.35e12, "H200": 4.8e12}  # bytes/s, by the vendor's datasheet
 PROMPT, NEW = 128, 128  # tokens of a decoding row
 PROFILED = 10  # updates of which the kernels are added up
-TRAIN_HEAD = "row | ktokens/s | kernels alone | MFU | memory, GiB | first update, s | against peer"
-DECODE_HEAD = "row | tokens/s | step, ms | bound, ms | bound / step | against peer"
+TRAIN_HEAD = "row | ktokens/s | kernels alone | MFU | memory, GiB | first update, s | against"
+DECODE_HEAD = "row | tokens/s | step, ms | bound, ms | bound / step | against"
 
 
 class Row(NamedTuple):
@@ -59,14 +58,14 @@ class Row(NamedTuple):
     the row to compare it with; and of a decoding row the samples side by side."""
 
     command: str
-    peer: str = ""
+    against: str = ""
     samples: int = 0
 
 
-def knocks(name: str, options: str, peer: str = "") -> dict[str, Row]:
+def knocks(name: str, options: str, against: str = "") -> dict[str, Row]:
     """Ours without knocks, with a linear one on the values, and with an MLP on them."""
     kinds = {"no knock": "none", "linear on v": "linear", "mlp on v": "mlp"}
-    return {f"{name}, {k}": Row(f"{options} --knock_v {v}", peer) for k, v in kinds.items()}
+    return {f"{name}, {k}": Row(f"{options} --knock_v {v}", against) for k, v in kinds.items()}
 
 
 def decoding(config: str) -> dict[str, Row]:
@@ -83,6 +82,7 @@ GPT2 = "gpt2 --batch_tokens 32768 --steps 160"
 SMALL = "small --steps 200"
 MOE = "moe-0.4b-2.3b --vocab_size 50304 --batch_tokens 65536 --micro_batch 8 --steps 24"
 ONE_4 = f"{MOE} --batch_tokens 16384 --micro_batch 4"  # an update is one micro-batch
+MAIN = "moe-1b-6.1b --block_size 4096 --batch_tokens 32768 --steps 24"
 TOY = "toy --steps 60 --device cpu"
 HF, CHAR = "transformers, bfloat16", "nanoGPT, 4 layers of width 192"  # CHAR is as large as toy
 GROUPS = {
@@ -98,8 +98,9 @@ GROUPS = {
         "moe, 4 x 4096, recompute": Row(f"{ONE_4} --recompute"),
         "gpt2, 8 x 1024": Row(f"{GPT2} --batch_tokens 8192 --micro_batch 8"),
         "dense-0.6b, 2 x 4096": Row("dense-0.6b --batch_tokens 8192 --micro_batch 2 --steps 24"),
-        "moe, 1 x 4096, the paper's vocabulary": Row(f"{ONE_4} --vocab_size 157184"
-                                                     " --batch_tokens 4096 --micro_batch 1"),
+        "moe, its own vocabulary, 1 x 4096": Row(
+            "moe-0.4b-2.3b --batch_tokens 4096 --micro_batch 1 --steps 24"
+        ),
     },
     "decoding": {**decoding("dense-1.7b"), **decoding("moe-0.4b-2.3b")},
     "sequence": {
@@ -109,16 +110,12 @@ GROUPS = {
     "batch": {f"moe, {b} x 4096": Row(f"{MOE} --micro_batch {b}") for b in (1, 2, 4)},
     "experts": {f"small, 4 of {n} experts": Row(f"{SMALL} --n_expert {n}") for n in (8, 32, 128)},
     "cpu": {CHAR: Row(f"nanoGPT {TOY} --n_layer 4 --n_embd 192"), **knocks("toy", TOY, CHAR)},
-    "6.1b": {
-        "moe-1b-6.1b, 1 x 4096": Row(
-            "moe-1b-6.1b --block_size 4096 --batch_tokens 32768 --steps 24"
-        ),
-    },
-}  # fmt: skip
+    "6.1b": {"moe-1b-6.1b, 1 x 4096": Row(MAIN)},
+}
 
 
 def measure(row: Row, data: str) -> dict[str, float]:
-    """The figures of a row. Raises CalledProcessError if a script fails."""
+    """The figures of a row. Raises ChildProcessError if a script fails."""
     if row.samples:
         return measure_decoding(row)
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +147,7 @@ def run_training(row: Row, data: str, out: str) -> dict[str, float]:
             first = time.perf_counter() - start
         time.sleep(0.05)
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
+        raise ChildProcessError(f"exit code {process.returncode} of {' '.join(command)}")
     return {**summarise(read_log(Path(out))[0]), "first": first}
 
 
@@ -237,21 +234,6 @@ def measure_decoding(row: Row) -> dict[str, float]:
 # ---- tables
 
 
-def missing(row: Row) -> str:
-    """Why a row cannot be measured here; "" if it can."""
-    peer, options = split_command(row.command)
-    if "cpu" not in options and not torch.cuda.is_available():
-        return "there is no CUDA GPU"
-    if peer.startswith("transformers") and not importlib.util.find_spec("transformers"):
-        return "transformers is not installed"
-    try:
-        if peer == "nanoGPT":
-            check_clone()
-    except FileNotFoundError as error:
-        return str(error)
-    return ""
-
-
 def cells(row: Row, found: dict[str, float], speeds: dict[str, float]) -> list[str]:
     """What the table says after a row's name, nothing where nothing was measured. `speeds` are
     those of the rows before."""
@@ -264,7 +246,7 @@ def cells(row: Row, found: dict[str, float], speeds: dict[str, float]) -> list[s
         spread = f"({found['low'] / 1e3:.1f}-{found['high'] / 1e3:.1f})"
         texts = [f"{speed / 1e3:.1f} {spread}", f"{found.get('kernels', math.nan) / 1e3:.1f}",
                  f"{found['mfu']:.1%}", f"{found['memory']:.1f}", f"{found['first']:.1f}"]
-    texts.append(f"{speed / speeds[row.peer]:.2f} x" if row.peer in speeds else "")
+    texts.append(f"{speed / speeds[row.against]:.2f} x" if row.against in speeds else "")
     return ["" if text.startswith("nan") else text for text in texts]
 
 
@@ -294,8 +276,12 @@ def main(argv: list[str]) -> None:
         head = DECODE_HEAD if any(row.samples for row in group.values()) else TRAIN_HEAD
         print(f"\n| {head} |\n|{' --- |' * len(head.split('|'))}", flush=True)
         for name, row in group.items():
-            if need := missing(row):
-                print(f"| {name} | left out: {need} |", flush=True)
+            peer, options = split_command(row.command)
+            reason = missing(peer)
+            if "cpu" not in options and not torch.cuda.is_available():
+                reason = "there is no CUDA GPU"
+            if reason:
+                print(f"| {name} | left out: {reason} |", flush=True)
                 continue
             command = [sys.executable, __file__, "--data", args.data, "--here", json.dumps(row)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)

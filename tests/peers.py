@@ -18,6 +18,7 @@ loop in this file, on random tokens that are on the GPU already. Weights, gradie
 bfloat16; those of transformers-float32 are float32, and its products bfloat16 as ours are.
 """
 
+import importlib.util
 import io
 import os
 import pickle
@@ -55,6 +56,19 @@ def split_command(command: str) -> tuple[str, list[str]]:
     return (words[0], words[1:]) if words[0] in PEERS else ("", words)
 
 
+def missing(peer: str) -> str:
+    """Why a peer cannot run here, in one line; "" if it can."""
+    if peer.startswith("transformers") and not importlib.util.find_spec("transformers"):
+        return "transformers is not installed: pip install transformers"
+    for name in ("train.py", "model.py", "configurator.py"):
+        if peer == "nanoGPT" and not (CLONE / name).is_file():
+            return (
+                f"no clone of nanoGPT at {CLONE} ({name} is missing): git clone"
+                " https://github.com/karpathy/nanoGPT, and set NANOGPT to its folder"
+            )
+    return ""
+
+
 def log_update(log: Log, device: str, **update: float) -> None:
     """Write an update as train.py does; none is skipped here."""
     if device == "cuda":
@@ -64,16 +78,6 @@ def log_update(log: Log, device: str, **update: float) -> None:
 
 
 # ---- nanoGPT
-
-
-def check_clone() -> None:
-    """Raises FileNotFoundError, in one line, if there is no clone of nanoGPT."""
-    for name in ("train.py", "model.py", "configurator.py"):
-        if not (CLONE / name).is_file():
-            raise FileNotFoundError(
-                f"no clone of nanoGPT at {CLONE} ({name} is missing): git clone"
-                " https://github.com/karpathy/nanoGPT, and set NANOGPT to its folder"
-            )
 
 
 def nanogpt_options(config: Config, train: TrainConfig, folder: str, device: str) -> list[str]:
@@ -133,7 +137,6 @@ class Loss(nn.Module):
 
 def run_nanogpt(config: Config, train: TrainConfig, device: str) -> None:
     """Run its train.py, and measure the held-out loss of what it has trained."""
-    check_clone()
     meta = check_run(config, train, None, device)
     if meta["dtype"] != "uint16":
         raise ValueError(f"{train.data} has ids of {meta['dtype']}, and nanoGPT reads uint16 only:"
@@ -166,10 +169,7 @@ def run_nanogpt(config: Config, train: TrainConfig, device: str) -> None:
 
 def build_transformers(config: Config, dtype: torch.dtype, device: str) -> nn.Module:
     """transformers' Qwen3 or Qwen3-MoE in our config's shape."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(f"this needs transformers ({error}): pip install transformers") from error
+    import transformers
     shape = dict(
         vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.d_ff,
         num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
@@ -224,6 +224,8 @@ def main(argv: list[str]) -> None:
     peer, options = argv[0] if argv else "", argv[1:]
     if peer not in PEERS:
         raise ValueError(f"name a peer first, one of {', '.join(PEERS)}; then options of train.py")
+    if reason := missing(peer):
+        raise FileNotFoundError(reason)
     config, train, _ = parse_config(options)
     device = pick_device(train.device)
     if peer == "nanoGPT":

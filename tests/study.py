@@ -50,7 +50,7 @@ from data.log import MAX_SKIPPED
 from data.prepare import prepare
 from data.script import parse_args, run_script
 from data.tokens import load_meta
-from tests.peers import check_clone, split_command
+from tests.peers import missing, split_command
 from tests.report import (
     Run,
     Study,
@@ -224,9 +224,10 @@ class Job:
         evals = max(1, round(self.tokens(steps) / EVAL_BYTES))
         peer, options = split_command(self.run.command)
         command = [
-            *([*PEERS, peer] if peer else TRAIN), "--data", data, "--out", self.folder, "--resume",
-            "--eval_every", math.ceil(steps / evals), "--eval_tokens", EVAL_TOKENS,
-            "--save_every", steps if keep else 0, "--sample_tokens", 0, *options,
+            *([*PEERS, peer] if peer else TRAIN), "--eval_every", math.ceil(steps / evals),
+            *options, "--data", data, "--out", self.folder, "--resume",
+            "--eval_tokens", EVAL_TOKENS, "--save_every", steps if keep else 0,
+            "--sample_tokens", 0,
         ]  # fmt: skip
         self.first, self.start = saved_step(self.folder), time.monotonic()
         with open(self.folder / "output.txt", "a") as output:
@@ -340,8 +341,8 @@ class Runner:
         settings = []
         for run in study.runs:
             peer, options = split_command(run.command)
-            if peer == "nanoGPT":
-                check_clone()
+            if reason := missing(peer):
+                raise FileNotFoundError(reason)
             settings.append(parse_config([*options, "--out", nowhere]))
         self.found = read_results(results)
         self.meta = prepare_data(data, study.tokenizer)

@@ -158,14 +158,21 @@ def test_every_row_is_known_to_train_py(name):
         config, train, _ = parse_config([*options, "--out", "out/none"])
         assert row.samples or train.batch_tokens % (train.micro_batch * config.block_size) == 0
         assert row.samples or train.steps // 2 + bench.PROFILED < train.steps
-        assert not row.peer or row.peer in bench.GROUPS[name]
+        assert not row.against or row.against in bench.GROUPS[name]
 
 
-def test_a_missing_clone_is_named_before_the_first_run(data, monkeypatch):
+def test_a_missing_clone_is_named_before_the_first_run(data, monkeypatch, capfd):
     monkeypatch.setattr(peers, "CLONE", Path("nowhere"))
-    assert "no clone of nanoGPT at nowhere" in bench.missing(bench.Row(f"nanoGPT {TINY}"))
     with pytest.raises(FileNotFoundError, match="no clone of nanoGPT at nowhere .*: git clone"):
         study.main(["time_to_loss", "--data", str(data)])
+    rows = {"peer": bench.Row(f"nanoGPT {TINY}")}
+    code, (*_, line) = table(monkeypatch, capfd, rows, data)
+    assert code == 0 and line[1].startswith("left out: no clone of nanoGPT at nowhere")
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="no group or row gpt3: name some of gpt2, small, "):
+        bench.main(["gpt2", "gpt3"])
 
 
 def test_data_of_another_tokenizer_are_refused(data, clone):
