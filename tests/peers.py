@@ -148,7 +148,7 @@ def run_nanogpt(config: Config, train: TrainConfig, device: str) -> None:
         if update := read_update(line, train.batch_tokens):
             log_update(log, device, **update)
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=os.path.abspath(train.out)) as folder:
         for name in ("train.bin", "val.bin"):
             os.symlink(Path(train.data, name).resolve(), Path(folder, name))
         Path(folder, "meta.pkl").write_bytes(pickle.dumps({"vocab_size": config.vocab_size}))
@@ -170,6 +170,7 @@ def run_nanogpt(config: Config, train: TrainConfig, device: str) -> None:
 def build_transformers(config: Config, dtype: torch.dtype, device: str) -> nn.Module:
     """transformers' Qwen3 or Qwen3-MoE in our config's shape."""
     import transformers
+
     shape = dict(
         vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.d_ff,
         num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,

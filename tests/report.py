@@ -28,11 +28,12 @@ class Run(NamedTuple):
 
 
 class Study(NamedTuple):
-    """What tells the groups of runs apart; the runs, the most valuable first; their data."""
+    """What tells the groups of runs apart; the runs, the most valuable first; and the tokenizer of
+    the data on which they are trained."""
 
     groups: str
     runs: list[Run]
-    tokenizer: str = "byte"  # of the data
+    tokenizer: str = "byte"
 
 
 # ---- what a run leaves
@@ -263,7 +264,7 @@ def sensitivity_table(findings: Findings) -> str:
 
 
 def seconds(run: dict, step: float | np.ndarray) -> float | np.ndarray:
-    """The time that a run takes for so many updates, without its start and its evaluations."""
+    """The time of so many updates of a run, each of its median time."""
     return step * run["settings"]["batch_tokens"] / run["tokens_per_s"]
 
 
