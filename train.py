@@ -17,9 +17,12 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+
+# Threads must not spin while they wait: a second job on the machine would take their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor, nn
@@ -93,9 +96,7 @@ class TrainConfig:
             if field.type in (int, float) and not (0 < value < math.inf or zero):
                 raise ValueError(f"{field.name} must be positive, not {value}")
         if max(self.beta1, self.beta2) >= 1:
-            raise ValueError(
-                f"beta1 and beta2 must be under 1, not {self.beta1} and {self.beta2}"
-            )
+            raise ValueError(f"beta1 and beta2 must be under 1, not {self.beta1} and {self.beta2}")
         for name, choices in (("balance", BALANCE_RULES), ("parallel", ("ddp", "fsdp"))):
             value = getattr(self, name)
             if value not in choices:
@@ -252,8 +253,7 @@ def to_cpu(numbers: Tensor, came: bool) -> Callable[[], list[float]]:
 
 
 def lr_at(step: int, train: TrainConfig) -> float:
-    """Learning rate of update `step` (from 0): 5% linear warm-up to the peak, then a cosine to 10%
-    of it."""
+    """Learning rate of update `step` (from 0): 5% linear warm-up, then a cosine to a tenth."""
     warmup = max(1, train.steps // 20)
     if step < warmup:
         return train.lr * (step + 1) / warmup
@@ -353,7 +353,7 @@ def check_run(
         if (n := meta[split]["tokens"]) <= T:
             raise ValueError(
                 f"{data} ({split}) has {n} tokens, fewer than one sequence of {T} + 1: prepare"
-                f" more text, or add --block_size {2 ** ((n - 1).bit_length() - 1)}"
+                f" more text, or train with --block_size {n - 1} or less"
             )
     if start > train.steps:
         raise ValueError(f"the run in {train.out} has done {start} steps: give more than --steps"
@@ -370,7 +370,8 @@ def check_run(
 def find_data(folder: str) -> None:
     """Prepare the default data if they are missing, and check that no data have changed."""
     if folder == DEFAULT_DATA and not os.path.exists(folder):
-        prepare([], folder)
+        with suppress(FileExistsError):  # another machine was faster
+            prepare([], folder)
     verify_tokens(folder)
 
 

@@ -283,7 +283,7 @@ def read_rows(source: Source, field: str, left_out: LeftOut) -> Iterator[Documen
         left_out.skipped_rows += 1
         if left_out.skipped_rows <= 3:
             left_out.examples += (f"{source.name}:{number}: {row!r:.80}",)
-        left_out.check_rows(field, at_least=1000)  # now, not after hours: the first ten may pass
+        left_out.check_rows(field, at_least=1000)  # not after hours; ten may come first
 
 
 def row_text(row: Any, field: str) -> bytes | None:

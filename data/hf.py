@@ -13,7 +13,8 @@ import types
 import torch
 from torch import nn
 
-from kha import Config, Transformer, absorb, init_weights, knocks_of
+from data.figures import knocks_of
+from kha import Config, Transformer, absorb, init_weights
 
 HF_SIZES = {  # field of Config -> key of config.json
     "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",

@@ -18,7 +18,7 @@ validation, but at least 1025, and in whole documents if possible: see data/spli
 
 Duplicate and empty documents are dropped. Hidden files are skipped, so are bad rows (more than 1%
 of them are an error) and files without text in a folder. However long the texts are, memory holds
-40 bytes for each document and 1 kB for each file.
+about 40 bytes for each document and 1 kB for each file.
 """
 
 import argparse

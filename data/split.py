@@ -69,7 +69,7 @@ def hold_out(tokens: np.ndarray, ends: np.ndarray, digests: np.ndarray, val_frac
     if not long.any():
         long[:] = True
     share = wanted / lengths[long].sum()
-    near = min(0.02, share, 1 - (wanted + least) / total)  # so much more is still well
+    near = min(0.02, share, 1 - (wanted + least) / total)  # how far a line end may be
     cuts = ends.copy()
     for i in np.flatnonzero(long):
         text = tokens[begins[i] : ends[i] - 1]
@@ -124,8 +124,8 @@ def divide(folder: Path, ends: np.ndarray, cuts: np.ndarray,
           open(folder / "val.bin", "wb") as val,
           tqdm(total=int(ends[-1]), desc="dividing", unit_scale=True, disable=None) as bar):
         files = dict(zip(SPLITS, (train, val), strict=True))
-        # Train.bin is written over what has been read. A piece with an added end-of-text token
-        # reaches one token further, so the next piece is read before it is written.
+        # train.bin is written over what has been read of it. With an added end-of-text token a
+        # piece reaches one token further, so the next piece is read before this one is written.
         for (split, ids), _ in pairwise(chain(read(source), [None])):
             files[split].write(ids)
             hashes[split].update(ids)

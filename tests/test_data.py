@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import errno
 import gzip
 import hashlib
 import http.server
@@ -17,6 +18,7 @@ import tomllib
 import tracemalloc
 import types
 from array import array
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -224,13 +226,22 @@ def test_a_document_keeps_its_side_when_others_are_added(tmp_path):
     assert not held_out & set(read_back(str(tmp_path / "two"), "train"))
 
 
+def test_of_many_documents_none_changes_its_side():
+    draw = np.random.default_rng(0)
+    digests = draw.integers(0, 2**64, 3000, dtype=np.uint64)
+    ends = np.cumsum(draw.integers(100, 500, 3000))
+    sides = [ends[:n] > hold_out(None, ends[:n], digests[:n], 0.05, None)
+             for n in range(300, 3000, 7)]
+    assert all((small == large[: len(small)]).all() for small, large in pairwise(sides))
+
+
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
 
 
 @pytest.mark.parametrize("name, content", [
     ("picture.png", PNG), ("25.png", PNG), ("empty.txt", b""), ("0.txt", b"caf\xe9"),
     ("uncopied.txt", prose(0, 30_000).encode()), ("rows.jsonl", b'{"no": "text"}\n'),
-    ("a.tar.gz", gzip.compress(PNG)),
+    ("a.tar.gz", gzip.compress(PNG, mtime=0)),
 ])
 def test_what_is_no_document_does_not_count_when_sides_are_chosen(tmp_path, name, content):
     """Whatever stands beside three texts, about 5% are held out, and the texts are all there."""
@@ -247,12 +258,12 @@ def test_what_is_no_document_does_not_count_when_sides_are_chosen(tmp_path, name
     assert [a + b for a, b in parts] == [prose(i, 30_000) for i in range(3)]
 
 
-@pytest.mark.parametrize("held_out_of_old", [range(0, 60, 20), range(7), [3], [59]])
-def test_a_side_is_never_tiny(tmp_path, held_out_of_old):
+@pytest.mark.parametrize("small", [range(0, 60, 20), range(7), [3], [59]])
+def test_a_side_is_never_tiny(tmp_path, small):
     """Sixty files of 23 kB but for a few of 100 bytes: whole files, and about 5% of the bytes."""
     (tmp_path / "in").mkdir()
     for i in range(60):
-        size = 100 if i in held_out_of_old else 23_000
+        size = 100 if i in small else 23_000
         (tmp_path / "in" / f"{i}.txt").write_text(prose(i, size))
     meta = prepare([str(tmp_path / "in")], str(tmp_path / "out"))
     train, val = meta["train"], meta["val"]
@@ -262,7 +273,7 @@ def test_a_side_is_never_tiny(tmp_path, held_out_of_old):
 
 @pytest.mark.parametrize("sizes", [
     [50_000], [20_000] * 2, [10**6, 30, 30, 30], [3000] * 4, [2100], [4100, 1], [700, 1400, 700],
-    [10**6, *[900] * 55], [4] * 900, [90_000, 8000],
+    [10**6, *[900] * 55], [4] * 900, [90_000, 8000], [699, 680, 680],
 ])
 def test_both_sides_train_a_context_of_1024_if_there_is_text_for_it(tmp_path, sizes):
     rows = [json.dumps({"text": prose(i, size)}) for i, size in enumerate(sizes)]
@@ -273,24 +284,31 @@ def test_both_sides_train_a_context_of_1024_if_there_is_text_for_it(tmp_path, si
 
 
 def test_held_out_are_whole_documents_where_that_is_possible():
-    """On 2000 lists of lengths: each is divided if and only if no document is small enough."""
+    """On 3000 lists of lengths: each side gets its share, and only what is too long is divided."""
     draw = np.random.default_rng(1)
     tokenizer = load_tokenizer("byte")
-    for _ in range(2000):
+    for _ in range(3000):
         n, largest = draw.integers(1, 40), draw.uniform(6, 11)
         lengths = np.exp(draw.uniform(5, largest, n)).astype(int)
         total, ends = lengths.sum(), np.cumsum(lengths)
-        if total < 4 * SEQUENCE:
+        if total < 2 * SEQUENCE:
             continue
-        tokens = np.full(total, ord("a"), np.uint16)
+        tokens = np.where(draw.random(total) < 0.01, ord("\n"), ord("a"))
         digests = draw.integers(0, 2**64, n, dtype=np.uint64)
-        held = ends - hold_out(tokens, ends, digests, 0.05, tokenizer)
-        wanted = max(0.05 * total, SEQUENCE)
-        assert max(wanted / 2, SEQUENCE) <= held.sum() <= 2 * wanted
-        small = lengths[lengths <= 2 * wanted].sum()
+        val_fraction = draw.choice([0.001, 0.05, 0.3])
+        held = ends - hold_out(tokens, ends, digests, val_fraction, tokenizer)
         divided = (held > 0) & (held < lengths)
-        assert divided.any() == (small < max(wanted / 2, SEQUENCE))
-        assert not divided[lengths <= 2 * wanted].any()
+        assert min(held.sum(), total - held.sum() + divided.sum()) >= SEQUENCE
+        wanted = max(val_fraction * total, SEQUENCE)
+        assert wanted / 2 <= held.sum() <= 2 * wanted + divided.sum()
+        order = draw.permutation(n)
+        again = np.cumsum(lengths[order])
+        other = again - hold_out(tokens, again, digests[order], val_fraction, tokenizer)
+        assert divided.any() or (other == held[order]).all()  # whatever the order of the inputs
+        if total > 3 * wanted:
+            whole = lengths[lengths <= 2 * wanted].sum() >= max(wanted / 2, SEQUENCE)
+            assert divided.any() != whole
+            assert not divided[lengths <= 2 * wanted].any()
 
 
 def test_a_text_shorter_than_two_sequences_says_which_context_it_allows(tmp_path):
@@ -321,6 +339,35 @@ def test_a_few_files_hold_out_their_ends(tmp_path):
     parts = list(zip(read_back(out, "train"), read_back(out, "val"), strict=True))
     assert [train + val for train, val in parts] == texts
     assert all(0.01 <= len(val) / len(train + val) < 0.013 for train, val in parts)
+
+
+@pytest.mark.parametrize("size, val_fraction, line_end", [
+    (2052, 0.05, 1000), (10**6, 0.001, 985_000), (10**6, 0.05, 929_000),
+])
+def test_a_line_end_is_no_reason_to_miss_what_is_wanted(size, val_fraction, line_end):
+    tokens = np.full(size, ord("a"))
+    tokens[line_end] = ord("\n")
+    ends, digests = np.array([size]), np.array([7], np.uint64)
+    (cut,) = hold_out(tokens, ends, digests, val_fraction, load_tokenizer("byte"))
+    wanted = max(val_fraction * size, SEQUENCE)
+    assert cut + 1 >= SEQUENCE and size - cut == pytest.approx(wanted, abs=2)
+
+
+def test_a_cut_at_the_end_of_a_block_of_the_file(tmp_path):
+    """95% of this text are 2**20 bytes of tokens: nothing of the rest is in the reader's buffer."""
+    text = "0123456789" * 55_188 + "abc"
+    (tmp_path / "a.txt").write_text(text)
+    prepare([str(tmp_path / "a.txt")], str(tmp_path / "out"))
+    (train,), (val,) = (read_back(str(tmp_path / "out"), split) for split in ("train", "val"))
+    assert len(train) == 2**19 and train + val == text
+
+
+@pytest.mark.parametrize("share", [0.5, 0.251, 0.101, 0.05, 0.049, 0.02])
+def test_no_cut_is_inside_a_character(share):
+    text = np.frombuffer("🤯".encode() * 50, np.uint8)
+    cut = find_cut(text, share, 0, load_tokenizer("byte"))
+    assert cut % 4 == 0 and 0 <= len(text) * (1 - share) - cut < 5
+    assert find_cut(text[:4], share, 0, load_tokenizer("byte")) == 5  # too short: not cut
 
 
 @pytest.mark.parametrize("line", ["x" * 80_000, "日" * 30_000, "🤯é" * 20_000, "é" * 40_000 + "\n"])
@@ -491,16 +538,24 @@ def test_a_folder_of_code_with_files_of_other_rows(tmp_path):
     assert len(all_documents(str(tmp_path / "out"))) == 100
 
 
-def test_long_fields_of_a_csv_and_bytes_that_are_not_utf8(tmp_path):
-    long = "a line\n" * 100_000
-    rows = "".join(f"{i},row {i}\r\n" for i in range(300))
-    content = f'\ufeffid,text\r\n1,"{long}"\r\n'.encode() + b"2,caf\xe9\r\n" + rows.encode()
+def test_what_a_csv_may_hold(tmp_path):
+    """A byte order mark, a very long field, line ends of Windows, and a row that is not UTF-8."""
+    rows = [f"row {i}, " * 3000 for i in range(100)]
+    texts = ["a line\n" * 20_000, "in a\r\nfield", 'a "quote"', *rows]
+    quoted = [text.replace('"', '""') for text in texts]
+    rows = ["text,id", *(f'"{text}",{i}' for i, text in enumerate(quoted)), ""]
+    content = "\r\n".join(rows).encode("utf-8-sig") + b"caf\xe9,2\r\n"
     (tmp_path / "a.csv").write_bytes(content)
     meta = prepare([str(tmp_path / "a.csv")], str(tmp_path / "out"))
     assert meta["skipped_rows"] == 1
-    texts = [text for i in range(300) for text in [f"row {i}"]]
-    found = read_back(str(tmp_path / "out"), "train") + read_back(str(tmp_path / "out"), "val")
-    assert set(texts) <= set(found) and "".join(sorted(set(found) - set(texts), reverse=True))
+    assert all_documents(str(tmp_path / "out")) == sorted(texts)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet", ".ndjson.gz"])
+def test_an_error_shows_which_fields_there_are(tmp_path, ending):
+    write_rows(tmp_path / f"a{ending}", TEXTS, "story")
+    result = run(tmp_path / f"a{ending}", "--out", tmp_path / "out")
+    assert_refused(result, "11 of 11 rows", "'text'", "--field", f"a{ending}:", "story")
 
 
 BAD_ROWS = [
@@ -634,9 +689,12 @@ def test_a_data_set_that_cannot_be_read(tmp_path, monkeypatch, spec, message):
     (tmp_path / "only_test" / "test.jsonl").write_text('{"text": "not the train split"}')
     rows = [json.dumps({"text": f"text {i}"}) for i in range(10_000)]
     (tmp_path / "damaged" / "train.jsonl").write_text("\n".join(rows) + '{"text": ')
+    write_texts(tmp_path / "in", [1])
+    if spec != "hf:damaged":
+        monkeypatch.setattr(module, "write_tokens", None)  # no input before it has been read
     with pytest.raises(ValueError, match=message):
-        prepare([spec], "out")
-    assert sorted(os.listdir(tmp_path)) == ["damaged", "empty", "only_test", "scripted"]
+        prepare(["in", spec], "out")
+    assert sorted(os.listdir(tmp_path)) == ["damaged", "empty", "in", "only_test", "scripted"]
 
 
 def test_duplicates_are_found_without_a_set_in_memory():
@@ -730,14 +788,31 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["in"]
 
 
-def test_damaged_gzip(tmp_path):
-    rows = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(1000))
-    whole = gzip.compress(rows.encode())
-    truncated, garbled = whole[: len(whole) // 2], whole[:100] + b"\xff" * 50 + whole[150:]
-    for i, damaged in enumerate([truncated, garbled, b"not gzip"]):
-        (tmp_path / f"{i}.jsonl.gz").write_bytes(damaged)
-        result = run(tmp_path / f"{i}.jsonl.gz", "--out", tmp_path / "out")
-        assert_refused(result, f"{i}.jsonl.gz", "damaged")
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".txt.gz", ".txt.zst", ".parquet"])
+@pytest.mark.parametrize("inside", ["named", "folder"])
+def test_a_damaged_file_is_named(tmp_path, ending, inside):
+    (tmp_path / "in").mkdir()
+    write_rows(tmp_path / "in" / f"a{ending}", [f"text {i}" for i in range(1000)])
+    whole = (tmp_path / "in" / f"a{ending}").read_bytes()
+    contents = [whole[: len(whole) // 2], b"not what it is called"]
+    if ".zst" not in ending:  # pyarrow writes no checksums there, zstd does
+        contents.append(whole[:100] + b"\xff" * 50 + whole[150:])
+    for damaged in contents:
+        (tmp_path / "in" / f"a{ending}").write_bytes(damaged)
+        path = tmp_path / "in" / f"a{ending}" if inside == "named" else tmp_path / "in"
+        with pytest.raises(ValueError, match=rf"a\{ending} is damaged, fetch it again"):
+            prepare([str(path)], str(tmp_path / "out"))
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_a_disk_that_fails_is_not_called_a_damaged_file(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(documents, "open_file", fail)
+    write_texts(tmp_path / "in", [1])
+    with pytest.raises(OSError, match="Input/output error"):
+        prepare([str(tmp_path / "in")], str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("content", [
@@ -759,7 +834,7 @@ def test_an_unreadable_file(tmp_path):
 @pytest.mark.parametrize("argv, words", [
     (["none.txt", "--out", "out"], ["none.txt"]),
     (["*.none", "--out", "out"], ["no such input: '*.none'", "pattern", "shell"]),
-    (["nothing.jsonl", "--out", "out", "--field", ""], ["no text"]),
+    (["one", "--out", "out", "--field", ""], ["no text", "1 files in folders"]),
     (["a.txt", "--out", "out", "--field", "text"], ["--field text is for rows", "leave it out"]),
     (["none[1].txt", "--out", "out"], ["no such input: 'none[1].txt'", "pattern"]),
     (["--verify", "full", "--out", "out"], ["--verify FOLDER", "nothing else"]),

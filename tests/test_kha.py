@@ -9,9 +9,7 @@ import torch
 import kha
 import sample
 from data import loss as chunked
-from data.figures import (
-    knock_movement,
-)
+from data.figures import knock_movement, knocks_of
 from data.loss import chunked_loss
 from kha import (
     CONFIGS,
@@ -20,7 +18,6 @@ from kha import (
     Knock,
     Transformer,
     fold,
-    knocks_of,
     rope_tables,
     rotate,
 )
@@ -140,7 +137,7 @@ def in_pieces(model, tokens, pieces, cache=None):
     cache, index = cache or Cache(model, tokens.shape[1]), torch.arange(tokens.shape[1])
     logits = []
     for part, where in zip(tokens.split(pieces, dim=1), index.split(pieces), strict=True):
-        logits.append(model(part, index=where if where[0] else None, cache=cache))
+        logits.append(model(part, position=where if where[0] else None, cache=cache))
     return torch.cat(logits, dim=1)
 
 
@@ -240,7 +237,7 @@ def test_a_cache_longer_than_the_context_is_refused():
     cache = Cache(model, 4)
     in_pieces(model, torch.zeros(1, 4, dtype=torch.long), [3, 1], cache)
     with pytest.raises((IndexError, RuntimeError)):  # the cache is full
-        model(torch.zeros(1, 1, dtype=torch.long), index=torch.tensor([4]), cache=cache)
+        model(torch.zeros(1, 1, dtype=torch.long), position=torch.tensor([4]), cache=cache)
 
 
 def test_bfloat16_activations_on_float32_weights():

@@ -65,8 +65,8 @@ def test_compiled_steps_are_eager_ones(shape, n_samples):
         with torch.compiler.set_stance("force_eager"):
             model(torch.tensor([[5, 6, 7]], device=device), cache=cache)
         cache.repeat(n_samples)
-        index = torch.tensor([3], device=device)
-        return model(torch.arange(n_samples, device=device)[:, None], index=index, cache=cache)
+        position = torch.tensor([3], device=device)
+        return model(torch.arange(n_samples, device=device)[:, None], position=position, cache=cache)
 
     eager = step()
     assert len(new_tokens(model, [5, 6, 7], n_samples, max_new_tokens=4)) == n_samples
@@ -152,8 +152,8 @@ def test_characters_of_several_bytes_are_written_whole(model, capsys):
     ids = load_tokenizer("byte").encode(text)
 
     class Parrot(Transformer):  # says the text, byte by byte, whatever it is asked
-        def forward(self, tokens, targets=None, index=None, cache=None):
-            said = 0 if index is None else index.item()
+        def forward(self, tokens, targets=None, position=None, cache=None):
+            said = 0 if position is None else position.item()
             return torch.nn.functional.one_hot(torch.tensor([[ids[said]]]), 320).float()
 
     with torch.device("cpu"):
