@@ -8,7 +8,14 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tests.report import Findings, difference_cells, interval
+from tests.report import (
+    Findings,
+    best_runs,
+    difference_cells,
+    interval,
+    passing_step,
+    seconds,
+)
 
 COLORS = {
     "none": "#444444",
@@ -18,6 +25,7 @@ COLORS = {
     "linear on q, k, v": "#56b4e9",
     "mlp on q, k, v": "#e69f00",
     "mlp on v, random start": "#009e73",
+    "nanoGPT": "#882255",
 }
 LOSS = "held-out loss, nats per byte"
 DIFFERENCE = "difference to no knocks, nats per byte"
@@ -52,6 +60,8 @@ def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
         return [draw_rates(findings, folder / "stability.svg")]
     if name == "tokens":
         return [draw_gain(findings, folder / "tokens.svg")]
+    if name == "time_to_loss":
+        return [draw_times(findings, folder / "time_to_loss.svg")]
     paths = [draw_differences(findings, folder / f"{name}.svg")]
     if name == "types":
         paths.append(draw_losses(findings, folder / "loss.svg"))
@@ -177,6 +187,33 @@ def draw_rates(findings: Findings, path: Path) -> Path:
     bottom.set(xlabel="peak learning rate", ylabel=DIFFERENCE)
     top.set(ylabel=LOSS)
     top.legend()
+    return save(figure, path)
+
+
+def draw_times(findings: Findings, path: Path) -> Path:
+    """The best run of each kind against the seconds of training: the training loss as a faint line,
+    the held-out loss as dots, and a square where ours comes to the loss at which nanoGPT ends."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    best = best_runs(findings)
+    target = best["nanoGPT"]["val_loss"] if "nanoGPT" in best else -math.inf
+    later = []  # losses after the first tenth of a run, which falls from far above
+    for kind, run in best.items():
+        color, name = COLORS[kind], kind if kind == "nanoGPT" else f"ours, {kind}"
+        curve = np.array(run["curve"], dtype=float)
+        later += list(curve[len(curve) // 10 :])
+        times = seconds(run, run["curve_bin"] * np.arange(1, len(curve) + 1))
+        axes.plot(times, curve, color=color, alpha=0.3, linewidth=1)
+        steps, losses, _ = np.array(run["evals"], dtype=float).T
+        axes.plot(seconds(run, steps), losses, "o-", color=color, markersize=4, label=name)
+        time = seconds(run, passing_step(run, target))
+        if kind != "nanoGPT" and time < math.inf:
+            axes.plot(time, target, "s", color=color, markersize=7)
+    if target > 0:
+        axes.axhline(target, color=COLORS["nanoGPT"], linewidth=1, linestyle="--")
+    axes.set_ylim(top=max(later, default=None))
+    label = "loss, nats per token (line: training, dots: held out)"
+    axes.set(xlabel="seconds of training", ylabel=label)
+    axes.legend()
     return save(figure, path)
 
 

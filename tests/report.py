@@ -9,6 +9,7 @@ import math
 import os
 import re
 import statistics
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +28,12 @@ class Run(NamedTuple):
 
 
 class Study(NamedTuple):
-    """Runs, the most valuable first, and what tells their groups apart."""
+    """What tells the groups of runs apart; the runs, the most valuable first; and the tokenizer of
+    the data on which they are trained."""
 
     groups: str
     runs: list[Run]
+    tokenizer: str = "byte"
 
 
 # ---- what a run leaves
@@ -260,17 +263,80 @@ def sensitivity_table(findings: Findings) -> str:
     return markdown(rows) if len(rows) > 1 else ""
 
 
-def caption(findings: Findings) -> str:
+def seconds(run: dict, step: float | np.ndarray) -> float | np.ndarray:
+    """The time of so many updates of a run, each of its median time."""
+    return step * run["settings"]["batch_tokens"] / run["tokens_per_s"]
+
+
+def passing_step(run: dict, target: float) -> float:
+    """The update at which a run's held-out loss has come down to `target`, on a straight line from
+    one evaluation to the next; inf if it never has."""
+    last_step, last_loss = 0, math.inf
+    for step, loss, _ in run["evals"]:
+        if loss is not None and loss <= target:
+            share = (last_loss - target) / (last_loss - loss) if last_loss < math.inf else 1
+            return last_step + share * (step - last_step)
+        last_step, last_loss = step, math.inf if loss is None else loss
+    return math.inf
+
+
+def best_runs(findings: Findings) -> dict[str, dict]:
+    """Of each kind the run that ends at the lowest loss."""
+    best = {}
+    for (_, kind), by_seed in findings.results.items():
+        for run in by_seed.values():
+            if run["val_loss"] is not None:
+                best[kind] = min(best.get(kind, run), run, key=lambda run: run["val_loss"])
+    return best
+
+
+def time_table(findings: Findings) -> str:
+    """A row for each run of time_to_loss. The best of each kind says when it is where nanoGPT's
+    best run ends."""
+    rows = [["", "learning rate", "held-out loss", "bits per byte", "ktokens/s", "training, s",
+             "reaches nanoGPT's loss after", "sooner"]]  # fmt: skip
+    best = best_runs(findings)
+    theirs = best.get("nanoGPT")
+    for kind, group in product(findings.kinds, findings.groups):
+        for run in findings.results.get((group, kind), {}).values():
+            speed = run["tokens_per_s"]
+            row = [kind if kind == "nanoGPT" else f"ours, {kind}", group, "diverged", ""]
+            if run["val_loss"] is not None:
+                row[2:] = [f"{run['val_loss']:.4f}", f"{run['val_bpb']:.4f}"]
+            row += [f"{speed / 1e3:.1f}", f"{run['tokens'] / speed:.0f}", "", ""]
+            if theirs and kind != "nanoGPT" and run is best.get(kind):
+                step = passing_step(run, theirs["val_loss"])
+                row[-2] = "never"
+                if step < math.inf:
+                    time, share = seconds(run, step), step / run["settings"]["steps"]
+                    ratio = theirs["tokens"] / theirs["tokens_per_s"] / time
+                    row[-2:] = [f"{time:.0f} s, {share:.0%} of the updates", f"{ratio:.2f} x"]
+            rows.append(row)
+    return markdown(rows)
+
+
+DIFFERENCES = (
+    " Differences are to the run of the same seed without knocks, ± their 95% interval (Student's t"
+    " over the pairs)."
+)
+TIMES = (
+    " Seconds are those of training alone: updates times the median time of one, by each project's"
+    " log, without the start, compilation and evaluations. Between evaluations the loss is taken to"
+    " be a straight line."
+)
+
+
+def caption(findings: Findings, explains: str) -> str:
     """What the numbers of a table are, and what its runs have in common."""
     runs = [run for by_seed in findings.results.values() for run in by_seed.values()]
     train, held_out = (f"{size / 1e6:.1f}M" for size in runs[0]["data_bytes"])
     tokens = sorted({run["tokens"] for run in runs if run["val_loss"] is not None})
     machines = sorted({f"{run['gpu']}, torch {run['torch']}" for run in runs})
+    unit = "byte" if findings.study.tokenizer == "byte" else "token"
     return (
-        f"Losses in nats per byte, over {runs[0]['eval_tokens'] / 1e6:.1f}M bytes. Differences are"
-        " to the run of the same seed without knocks, ± their 95% interval (Student's t over the"
-        " pairs)."
-        + f" {tokens[0] / 1e6:.0f}M bytes a run." * (len(tokens) == 1)
+        f"Losses in nats per {unit}, over {runs[0]['eval_tokens'] / 1e6:.1f}M {unit}s."
+        + explains
+        + f" {tokens[0] / 1e6:.0f}M {unit}s a run." * (len(tokens) == 1)
         + f" Data: {train} bytes to train on, {held_out} held out, sha256 {runs[0]['data'][:16]}."
         f" {'; '.join(machines)}.\n"
     )
@@ -280,10 +346,13 @@ def report(name: str, study: Study, results: list[dict]) -> str:
     """What --table prints, in Markdown."""
     parts = []
     for findings in by_data(study, results):
+        if name == "time_to_loss":
+            parts += [time_table(findings), caption(findings, TIMES)]
+            continue
         parts.append(loss_table(findings))
         if name == "stability":
             parts.append(sensitivity_table(findings))
-        parts.append(caption(findings))
+        parts.append(caption(findings, DIFFERENCES))
     return "\n".join(part for part in parts if part) or "No run has ended yet.\n"
 
 

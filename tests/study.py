@@ -6,9 +6,15 @@
     python tests/study.py types --update     # rewrite the tables in the READMEs, and the pictures
     python tests/study.py plot out/a out/b   # draw losses and learned matrices of your own runs
 
-A run is a command line of train.py, and this is also its name: studies share the runs that they
-have in common. A finished run is a line in tests/results/STUDY.jsonl and is never repeated. A run
-that was stopped leaves no line, and goes on from its checkpoint if that is still there.
+A run is a command line of train.py, or of another project (tests/peers.py) if it begins with its
+name. This is also the name of the run: studies share the runs that they have in common. A finished
+run is a line in tests/results/STUDY.jsonl and is never repeated. A run that was stopped leaves no
+line, and goes on from its checkpoint if that is still there.
+
+The study time_to_loss compares two projects: GPT-2 124M as nanoGPT trains it and as ours does, on
+the same tokens, with the same batch and number of updates, each with its better of two learning
+rates. It asks after how many seconds of training ours has reached the held-out loss at which
+nanoGPT ends. Not only the knocks differ, so ours is there without them, too.
 """
 
 import argparse
@@ -44,6 +50,7 @@ from data.log import MAX_SKIPPED
 from data.prepare import prepare
 from data.script import parse_args, run_script
 from data.tokens import load_meta
+from tests.peers import missing, split_command
 from tests.report import (
     Run,
     Study,
@@ -64,7 +71,9 @@ from train import parse_config
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "results"
 TRAIN = [sys.executable, str(ROOT / "train.py")]
+PEERS = [sys.executable, str(ROOT / "tests" / "peers.py")]
 SCRATCH = Path("out/study")  # where runs write; a run's folder is removed when its line is written
+DATA = {"byte": "data/studies", "gpt2": "data/studies_gpt2"}  # by tokenizer
 EVAL_BYTES = 50e6  # of training, about, between evaluations
 EVAL_TOKENS = 1 << 22  # held-out tokens: knocks change the loss by little, so it must be exact
 CURVE = 200  # points to keep of a training loss
@@ -133,6 +142,10 @@ HEADS = {
     "12 × 64": small(),
     "6 × 128": small("--n_head 6 --n_kv_head 2 --head_dim 128"),
 }
+GPT2 = {
+    f"{lr:g}": f"gpt2 --batch_tokens 32768 --steps 2500 --eval_every 250 --lr {lr:g}"
+    for lr in (6e-4, 1.2e-3)
+}
 STUDIES = {
     "stability": Study(
         "learning rate",
@@ -157,6 +170,12 @@ STUDIES = {
         grid(VARIANTS, PAIR, range(1, 3)) + grid(MLA, ["none", "linear on v"], range(1, 3)),
     ),
     "heads": Study("query heads", grid(HEADS, PAIR, range(1, 4))),
+    "time_to_loss": Study(
+        "learning rate",
+        [Run(lr, "nanoGPT", 1, f"nanoGPT {options}") for lr, options in GPT2.items()]
+        + grid(GPT2, PAIR, range(1, 2)),
+        tokenizer="gpt2",
+    ),
 }
 FIGURE_3 = grid({"": small()}, ["linear on v", "mlp on v"], range(1, 2))  # matrices to keep
 
@@ -203,11 +222,13 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = self.settings["steps"]
         evals = max(1, round(self.tokens(steps) / EVAL_BYTES))
+        peer, options = split_command(self.run.command)
         command = [
-            *TRAIN, *self.run.command.split(), "--data", data, "--out", self.folder, "--resume",
-            "--eval_every", math.ceil(steps / evals), "--eval_tokens", EVAL_TOKENS,
-            "--save_every", steps if keep else 0, "--sample_tokens", 0,
-        ]
+            *([*PEERS, peer] if peer else TRAIN), "--eval_every", math.ceil(steps / evals),
+            *options, "--data", data, "--out", self.folder, "--resume",
+            "--eval_tokens", EVAL_TOKENS, "--save_every", steps if keep else 0,
+            "--sample_tokens", 0,
+        ]  # fmt: skip
         self.first, self.start = saved_step(self.folder), time.monotonic()
         with open(self.folder / "output.txt", "a") as output:
             self.process = subprocess.Popen(
@@ -286,8 +307,11 @@ def find_devices() -> dict[str, str]:
     return dict(zip(ids, names, strict=False)) or {"": "CPU"}
 
 
-def prepare_data(folder: str) -> dict:
-    """The meta.json of the data. If there are none, they are made of the Python packages here."""
+def prepare_data(folder: str, tokenizer: str = "byte") -> dict:
+    """The meta.json of the data. If there are none, they are made of the Python packages here.
+
+    Raises ValueError if they are in tokens of another tokenizer.
+    """
     SCRATCH.mkdir(parents=True, exist_ok=True)
     with open(SCRATCH / "data.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # another process may be making them
@@ -297,8 +321,12 @@ def prepare_data(folder: str) -> dict:
                 for i, path in enumerate(find_files(str(packages))):
                     if path.suffix == ".py":
                         os.symlink(path, Path(links, f"{i:06d}.py"))
-                prepare([links], folder)
-    return load_meta(folder)
+                prepare([links], folder, tokenizer)
+    meta = load_meta(folder)
+    if meta["tokenizer"] != tokenizer:
+        raise ValueError(f"{folder} is in tokens of {meta['tokenizer']}, and this study needs those"
+                         f" of {tokenizer}: name other data with --data")
+    return meta
 
 
 class Runner:
@@ -309,13 +337,18 @@ class Runner:
         self.deadline = time.monotonic() + 60 * minutes
         self.name, self.results, self.data = name, results, data
         self.minutes, self.keep = minutes, keep
-        runs, nowhere = STUDIES[name].runs, str(SCRATCH / "none")  # where there is no checkpoint
-        settings = [parse_config([*run.command.split(), "--out", nowhere]) for run in runs]
+        study, nowhere = STUDIES[name], str(SCRATCH / "none")  # where there is no checkpoint
+        settings = []
+        for run in study.runs:
+            peer, options = split_command(run.command)
+            if reason := missing(peer):
+                raise FileNotFoundError(reason)
+            settings.append(parse_config([*options, "--out", nowhere]))
         self.found = read_results(results)
-        self.meta = prepare_data(data)
+        self.meta = prepare_data(data, study.tokenizer)
         self.sha256 = self.meta["train"]["sha256"]
         self.jobs = []
-        for run, (config, train, _) in zip(runs, settings, strict=True):
+        for run, (config, train, _) in zip(study.runs, settings, strict=True):
             folder = re.sub(r"[^\w.]+", "-", f"{run.command} {self.sha256[:8]}")
             learning = {name: getattr(train, name) for name in LEARNING}
             self.jobs.append(Job(run, {**asdict(config), **learning}, SCRATCH / folder))
@@ -498,7 +531,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--table", action="store_true", help="print the table of the study")
     parser.add_argument("--update", action="store_true", help="rewrite all tables and pictures")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--data", default="data/studies", help="folder made by data/prepare.py")
+    parser.add_argument("--data", help="folder made by data/prepare.py (default: data/studies, or"
+                        " data/studies_gpt2 for time_to_loss; it is made if it is not there)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end in so many minutes")
     parser.add_argument("--keep", action="store_true", help="keep what finished runs wrote")
     args = parse_args(parser, argv)
@@ -511,7 +545,8 @@ def main(argv: list[str]) -> None:
     elif args.update:
         update(args.results)
     else:
-        runner = Runner(args.study, args.results, args.data, args.minutes, args.keep)
+        data = args.data or DATA[STUDIES[args.study].tokenizer]
+        runner = Runner(args.study, args.results, data, args.minutes, args.keep)
         sys.exit(runner.work())
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests import report, study
+from tests.peers import split_command
 from tests.runs import ROOT, SHAPE, environment
 from train import parse_config
 
@@ -299,7 +300,8 @@ def test_every_run_has_its_baseline_and_is_known_to_train_py(name):
     with_baseline = {(run.group, run.seed) for run in runs if run.kind == "none"}
     for run in runs:
         assert (run.group, run.seed) in with_baseline
-        _, train, _ = parse_config([*run.command.split(), "--out", "out/none"])
+        _, options = split_command(run.command)
+        _, train, _ = parse_config([*options, "--out", "out/none"])
         assert train.batch_tokens == 32768 and train.seed == run.seed
 
 
@@ -328,7 +330,10 @@ def result(run, val_loss, data="abc", **more):
         "spikes": 1,
         "skipped": 0,
         "tokens": 250_000_000,
+        "tokens_per_s": 1_000_000,
         "evals": [[5, 2.0, 4.0], [10, *loss.values()]],
+        "curve_bin": 2,
+        "curve": [5.0, 4.0, 3.0, 2.0, 1.5],
         "data": data,
         "data_bytes": [363_100_000, 20_900_000],
         "eval_tokens": 4_194_304,
@@ -398,6 +403,36 @@ def test_sensitivity_to_the_learning_rate_worked_out_by_hand():
     # none: (1.0 + 1.3 + 6.0) / 3 - 1.0 = 1.7667, both seeds; mlp: (0.9 + 1.2 + 1.5) / 3 - 0.9 = 0.3
     assert "| none | 1.7667 | 2 |  |  |\n| mlp on v | 0.3000 | 1 | −1.4667 | 1 |\n" in text
     assert "| 0.004 | none | 7.0000 | 14.0000 | 2 | 0 | 2 (1 diverged) |  |  |" in text
+
+
+def test_time_to_loss_worked_out_by_hand():
+    options = {"0.1": "gpt2 --lr 0.1", "0.2": "gpt2 --lr 0.2"}
+    runs = [report.Run(lr, "nanoGPT", 1, f"nanoGPT {text}") for lr, text in options.items()]
+    runs += study.grid(options, ["none", "mlp on v"], [1])
+    losses = [1.2, 1.3, 1.4, 1.1, 1.25, None]
+    results = []
+    for run, loss in zip(runs, losses, strict=True):
+        some = result(run, loss, tokens=2_000_000)
+        some["tokens_per_s"] = 50_000 if run.kind == "nanoGPT" else 40_000
+        some["evals"] = [[5, 2.0, 4.0], [10, 1.5, 3.0], [20, loss, 6.0]]
+        some["settings"] = {"batch_tokens": 100_000, "steps": 20}
+        results.append(some)
+    # nanoGPT's better run takes 40 s to come to 1.2. With knocks ours goes from 1.5 after 10
+    # updates to 1.1 after 20, so it is there after 17.5, which are 43.75 s.
+    found = study.Study("learning rate", runs, tokenizer="gpt2")
+    text = report.report("time_to_loss", found, results)
+    assert text.split("\n")[2:8] == [
+        "| nanoGPT | 0.1 | 1.2000 | 2.4000 | 50.0 | 40 |  |  |",
+        "| nanoGPT | 0.2 | 1.3000 | 2.6000 | 50.0 | 40 |  |  |",
+        "| ours, none | 0.1 | 1.4000 | 2.8000 | 40.0 | 50 |  |  |",
+        "| ours, none | 0.2 | 1.2500 | 2.5000 | 40.0 | 50 | never |  |",
+        "| ours, mlp on v | 0.1 | 1.1000 | 2.2000 | 40.0 | 50 |"
+        " 44 s, 88% of the updates | 0.91 x |",
+        "| ours, mlp on v | 0.2 | diverged |  | 40.0 | 50 |  |  |",
+    ]
+    assert "Losses in nats per token, over 4.2M tokens. Seconds are" in text
+    text = report.report("time_to_loss", found, results[2:])  # nanoGPT's runs are not done yet
+    assert "| ours, mlp on v | 0.1 | 1.1000 | 2.2000 | 40.0 | 50 |  |  |" in text
 
 
 def test_quantiles_of_students_t():
