@@ -392,7 +392,7 @@ def main(argv: list[str]) -> None:
     if checkpoint:
         files.restore(model, optimizer, checkpoint)
         checkpoint = None  # its file is mapped into memory, and would stay on the disk if removed
-    log, saver = Log(train.out, start, writes=rank == 0), files.Saver(train.out)
+    log = Log(train.out, start, writes=rank == 0)
     settings = {"config": asdict(config), "train": asdict(train)}
     settings |= {"tokenizer": meta["tokenizer"], "data": meta["train"]["sha256"]}
     log.begin(model, settings, device, n_process, start)
@@ -407,7 +407,8 @@ def main(argv: list[str]) -> None:
     ahead = 1 if device.startswith("cuda") else 0  # updates that a GPU has waiting
     waiting, stopping = deque(), False
     model.train()
-    with Signals() as signals, advice_on_memory(config, train, n_process):
+    saver = files.Saver(train.out, start)
+    with Signals() as signals, advice_on_memory(config, train, n_process), saver:
         micros = draw(start)
         can_graph = n_process == 1 and len(micros) == 1 and can_capture(model)
         for step in range(start, train.steps):
@@ -424,24 +425,23 @@ def main(argv: list[str]) -> None:
             saves = train.save_every and (last or done % train.save_every == 0)
             while len(waiting) > (0 if evaluates or saves or stopping else ahead):
                 finite, stopping = log.update(*waiting.popleft())
-            val_loss, best = None, False
+            val_loss = None
             if evaluates:
                 part = evaluate(parallel, held_out, T, train.micro_batch, device, rank, n_process)
                 val_loss = sum_over_processes(part).item()
                 val_bpb = bits_per_byte(val_loss, meta["val"])
-                best = log.evaluation(done, val_loss, val_bpb, knock_movement(model))
+                log.evaluation(done, val_loss, val_bpb, knock_movement(model))
             # Not while updates are left out: if the weights are at fault, older ones must stay.
             if saves and (finite or last) or stopping:
                 state = {**settings, "format": files.FORMAT, "step": done, "val_loss": val_loss}
                 state |= files.collect(model, optimizer)
                 if rank == 0:
                     log.sync()  # no checkpoint on the disk without the log up to it
-                    saver.save(state, best)
+                    saver.save(state)
             if evaluates or saves:
                 log.restart_clock()
             if stopping:
                 break
-        saver.wait()
     log.close()
     if stopping and not last:
         log.say(f"stopped by a signal and saved after step {done} of {train.steps}:"

@@ -16,6 +16,7 @@ those that were saved right after an evaluation. A checkpoint is a dictionary:
 
 import errno
 import glob
+import math
 import os
 import pickle
 import shutil
@@ -71,23 +72,30 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
 
 
 class Saver:
-    """Writes checkpoints in a thread, while training goes on."""
+    """Writes a run's checkpoints in a thread, while training goes on. As a context it ends when all
+    is on the disk. `start` is the step after which the run goes on, 0 for a new run."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, start: int):
         self.folder, self.thread, self.error = folder, None, None
+        self.best = None if start else math.inf  # held-out loss of best.pt; None: not yet read
 
-    def save(self, checkpoint: dict, best: bool) -> None:
-        """Start `save_checkpoint`. Waits for the one before; raises its OSError if it failed."""
+    def save(self, checkpoint: dict) -> None:
+        """Start to write a checkpoint. Waits for the one before; raises its error if it failed."""
         self.wait()
-
-        def run():
-            try:
-                save_checkpoint(self.folder, checkpoint, best)
-            except OSError as error:
-                self.error = error
-
-        self.thread = threading.Thread(target=run)
+        self.thread = threading.Thread(target=self.write, args=(checkpoint,))
         self.thread.start()
+
+    def write(self, checkpoint: dict) -> None:
+        """What the thread does: `save_checkpoint`, as best.pt too if no held-out loss is lower."""
+        try:
+            loss = checkpoint["val_loss"]
+            if loss is not None and self.best is None:
+                self.best = best_loss(self.folder)
+            best = loss is not None and loss < self.best
+            save_checkpoint(self.folder, checkpoint, best)
+            self.best = loss if best else self.best
+        except Exception as error:
+            self.error = error
 
     def wait(self) -> None:
         """Wait until all is on the disk. Raises OSError if a checkpoint could not be written."""
@@ -96,6 +104,15 @@ class Saver:
         self.thread, error, self.error = None, self.error, None
         if error:
             raise error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error: type | None, *_) -> None:
+        if error is None:
+            self.wait()
+        elif self.thread:  # that error is the one to show
+            self.thread.join()
 
 
 def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
@@ -144,6 +161,17 @@ def keep_as_best(folder: str, path: str) -> None:
     except OSError:
         shutil.copyfile(path, second)
     os.replace(second, os.path.join(folder, "best.pt"))
+
+
+def best_loss(folder: str) -> float:
+    """The held-out loss of best.pt, infinite if there is none. Says so if it is damaged."""
+    try:
+        return read_checkpoint(os.path.join(folder, "best.pt"))["val_loss"]
+    except FileNotFoundError:
+        return math.inf
+    except ValueError as error:
+        print(f"train.py: warning: {error}: the next checkpoint replaces it", file=sys.stderr)
+        return math.inf
 
 
 def list_checkpoints(folder: str) -> list[str]:
