@@ -134,6 +134,53 @@ def test_knock_movement_reports_diagonal_and_the_rest():
     assert knock_movement(model)["blocks.0.attn.wq.knock.t"] == (0.5, 5)
 
 
+# --- the start ---
+
+
+OUT = 0.02 / 2  # 0.02 / sqrt(2 * n_layer) with the two layers of SMALL
+STARTS = {  # the end of a weight's name: its standard deviation at the start
+    "embed.weight": 0.02, "wq.weight": 0.02, "wk.weight": 0.02, "wv.weight": 0.02,
+    "wq_latent.weight": 0.02, "wq_rope.weight": 0.02, "wkv_latent.weight": 0.02,
+    "wk_rope.weight": 0.02, "ffn.w_up": 0.02, "ffn.experts_up": 0.02, "ffn.router": 0.02,
+    "wo.weight": OUT, "ffn.w_down": OUT, "ffn.experts_down": OUT,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ffn", [{}, dict(n_expert=16, top_k=2)], ids=["dense", "mixture"])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        dict(knock_q="linear", knock_k="gate"),
+        dict(attention="gta"),
+        dict(attention="mla", kv_rank=40, q_rank=40, knock_v="linear"),
+    ],
+    ids=["gqa", "gta", "mla"],
+)
+def test_every_weight_starts_with_its_standard_deviation(attention, ffn):
+    torch.manual_seed(0)
+    wide = dict(n_embd=160, n_head=4, head_dim=32, d_ff=64, vocab_size=320)
+    model = Transformer(Config(**{**SMALL, **wide, **attention, **ffn}))
+    for name, p in model.named_parameters():
+        if name.endswith("norm.weight"):
+            assert (p == 1).all()
+        elif "knock" in name:
+            expected = torch.zeros(32, 32) if name.endswith("gate") else torch.eye(32)
+            assert torch.equal(p, expected)
+        else:
+            (std,) = (STARTS[end] for end in STARTS if name.endswith(f".{end}") or name == end)
+            assert p.std().item() == pytest.approx(std, rel=0.1), name
+            assert abs(p.mean().item()) < 0.1 * std, name
+    assert not any(buffer.any() for buffer in model.buffers())
+
+
+def test_random_knocks_keep_the_variance():
+    torch.manual_seed(0)
+    config = Config(**{**SMALL, "head_dim": 64}, knock_init="random")
+    knock = Transformer(config).blocks[0].attn.wv.knock
+    for name, p in knock.named_parameters():
+        assert p.std().item() == pytest.approx(1 / 8, rel=0.1), name
+
+
 # --- the model ---
 
 
@@ -221,6 +268,20 @@ def test_rope_turns_with_the_distance_only():
     near, far = ((at(q, t) * at(k, t - 5)).sum() for t in (5, 105))
     torch.testing.assert_close(near, far, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(near, (at(q, 5) * at(k, 3)).sum())
+
+
+def test_what_needs_float32_has_it_whatever_the_default_is():
+    position = torch.arange(4000, 4008)
+    right = rope_tables(position, 16, 10000.0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        tables = rope_tables(position, 16, 10000.0)
+        model = Transformer(Config(**SMALL, n_expert=4, top_k=2))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(table, exact) for table, exact in zip(tables, right, strict=True))
+    assert model.embed.weight.dtype == torch.bfloat16
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
 
 
 @EVERY_VARIANT
