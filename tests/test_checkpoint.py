@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import torch
 
-from data.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from data.checkpoint import FORMAT, Saver, load_checkpoint, save_checkpoint
 from kha import Config, Transformer
 from tests.reference import scramble
 
@@ -41,6 +41,18 @@ def test_checkpoints_come_back_and_the_last_two_are_kept(tmp_path):
         assert checkpoint["step"] == 100 and torch.equal(loaded(tokens), model(tokens))
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "none.pt")
+
+
+def test_the_best_is_kept_beside_the_last_two(tmp_path):
+    """A step that was not evaluated has no loss. Of equal losses the first stays the best."""
+    losses, bests = [3.0, 2.0, None, 2.0, 2.5, 1.0], [1, 2, 2, 2, 2, 6]
+    for step, (loss, best) in enumerate(zip(losses, bests, strict=True), start=1):
+        with Saver(tmp_path, start=step - 1) as saver:  # each time as a run that is resumed
+            saver.save({**tiny_checkpoint(step)[1], "val_loss": loss})
+        checkpoint = load_checkpoint(tmp_path)[1]
+        assert checkpoint["step"] == best and checkpoint["path"] == f"{tmp_path}/best.pt"
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["best.pt", "step-00000005.pt", "step-00000006.pt"]
 
 
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):

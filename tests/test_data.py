@@ -30,7 +30,14 @@ from data import prepare as module
 from data.documents import LeftOut, drop_duplicates, find_sources
 from data.prepare import map_threads, prepare
 from data.split import SEQUENCE, find_cut, hold_out
-from data.tokens import TOKENIZERS, load_meta, load_tokenizer, open_tokens, verify_tokens
+from data.tokens import (
+    TOKENIZERS,
+    load_meta,
+    load_tokenizer,
+    open_tokens,
+    token_dtype,
+    verify_tokens,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -127,6 +134,11 @@ def test_large_vocabulary_is_stored_as_uint32(tmp_path, monkeypatch):
     ids = open_tokens(str(tmp_path / "out"), "train")
     assert meta["dtype"] == "uint32" and ids.dtype == np.uint32 and meta["vocab_size"] == 70_001
     assert ids[-1] == 70_000 and large.decode(ids[:6].tolist()) == "zebra\n"
+
+
+def test_two_bytes_hold_65536_tokens():
+    dtypes = [token_dtype(types.SimpleNamespace(n_vocab=n)) for n in (65_536, 65_537)]
+    assert dtypes == [np.uint16, np.uint32]
 
 
 # ---- what is written

@@ -20,7 +20,7 @@ import torch
 
 import train
 from data.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from data.log import Log
+from data.log import Log, Progress
 from kha import Transformer
 from tests.runs import (
     LIMIT,
@@ -29,6 +29,7 @@ from tests.runs import (
     assert_same_run,
     contents,
     equal_weights,
+    lines_of,
     log_of,
     names,
     stop_at,
@@ -93,8 +94,11 @@ def test_killed_at_any_moment_and_resumed_is_the_same_run(data, tmp_path):
 
 def test_a_finished_run_resumes_to_its_sample(whole, halves, data, capsys):
     main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
-    assert "going on after step 30" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "going on after step 30" in output
+    assert "nothing to train: all 30 steps are done (give more --steps)" in output
     assert_same_run(whole, halves)
+    assert sum("config" in line for line in lines_of(halves)) == 1
 
 
 def test_settings_given_with_resume_replace_those_of_the_run(whole, halves, data):
@@ -107,6 +111,20 @@ def test_settings_given_with_resume_replace_those_of_the_run(whole, halves, data
         (0.5, 0.6, 0.0),
     }
     assert untimed(halves)[:20] == untimed(whole)[:20] and untimed(halves)[-1] != untimed(whole)[-1]
+    before, now = [line for line in lines_of(halves) if "config" in line]  # the log has both
+    assert (before["step"], before["train"]["beta1"]) == (0, 0.9)
+    assert (now["step"], now["train"]["beta1"]) == (20, 0.5)
+
+
+@pytest.mark.parametrize(
+    "change,rates", [("--steps 300", "0.00102 to 0.003"), ("--lr 0.001", "0.00102 to 0.000339")]
+)
+def test_a_resume_says_if_the_learning_rate_jumps(change, rates, halves, capsys):
+    (halves / "step-00000030.pt").unlink()
+    parse_config(["--out", str(halves), "--resume"])
+    assert capsys.readouterr().err == ""
+    parse_config(["--out", str(halves), "--resume", *change.split()])
+    assert f"warning: the learning rate goes from {rates} at step 21" in capsys.readouterr().err
 
 
 def test_a_run_cannot_go_back(halves, data):
@@ -212,6 +230,41 @@ def test_a_disk_full_while_logging_leaves_half_a_line_at_most(whole, halves, dat
     assert f"error: cannot write {halves}/log.jsonl" in done.stderr
     main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
     assert_same_run(whole, halves)
+
+
+# --- what is printed ---
+
+
+@pytest.fixture
+def prints(tmp_path):
+    """A script that prints one line and waits. It does without torch, which is slow to start."""
+    path = tmp_path / "prints.py"
+    path.write_text("""
+import time
+from data.script import run_script
+
+run_script(lambda argv: (print(argv[0]), time.sleep(float(argv[1]))))
+""")
+    return path
+
+
+def test_a_log_shows_each_line_at_once(prints, start):
+    process = start("a line", LIMIT, script=prints)
+    assert process.stdout.readline() == "a line\n" and process.poll() is None
+
+
+def test_what_the_terminal_cannot_show_ends_no_run(prints):
+    done = train_script("naïve 漢字", 0, script=prints, env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, "na?ve ??\n"), done.stderr
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
+    progress = Progress(total=3, done=0)
+    for step, seconds in ((1, 3600), (2, -1), (3, 3600)):
+        monkeypatch.setattr("data.log.SECONDS_A_LINE", seconds)
+        progress.update({"step": step, "loss": 0.00123, "tokens_per_s": 3987.6})
+    shown = "loss 0.0012  3,988 tokens/s"
+    assert capsys.readouterr().out == f"step 2 of 3: {shown}\nstep 3 of 3: {shown}\n"
 
 
 # --- updates that are not finite, spikes ---
@@ -524,7 +577,7 @@ def change_token(folder, token, rehash):
 @pytest.mark.parametrize(
     "token,rehash,message",
     [
-        (300, True, "has the token 300, outside its vocabulary of 257"),
+        (257, True, "has the token 257, outside its vocabulary of 257"),
         (7, False, "has changed since it was prepared"),
         (7, True, "is not the data that the run in .* was trained on"),
     ],

@@ -95,6 +95,12 @@ def test_bfloat16_is_close_and_any_leading_shape_works():
     torch.testing.assert_close(low.float(), y, rtol=0.1, atol=0.1)
 
 
+def test_the_router_is_exact_where_activations_are_bfloat16():
+    moe, x = make_moe(), torch.randn(50, C).bfloat16()
+    for low, exact in zip(moe.route(x), moe.route(x.float()), strict=True):
+        assert low.dtype == exact.dtype and torch.equal(low, exact)
+
+
 def test_load_counts_training_tokens_until_the_next_balance():
     moe = make_moe()
     moe.bias[3] = 100

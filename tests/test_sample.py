@@ -148,6 +148,9 @@ def test_top_k_top_p_and_temperature():
         [5 / 8, 0, 3 / 8, 0], abs=0.04
     )  # 0.5 is too little, 0.8 enough
     assert share(top_p=0.4) == [1, 0, 0, 0]
+    equal = torch.zeros(4000, 4)  # two tokens have exactly a half
+    drawn = sample_logits(equal, temperature=1, top_k=0, top_p=0.5, generator=None)
+    assert len(drawn.unique()) == 2
     assert share(temperature=0) == [1, 0, 0, 0]
     assert share(temperature=0.5)[0] == pytest.approx(0.25 / (0.25 + 0.09 + 0.02), abs=0.04)
 

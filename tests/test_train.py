@@ -1,5 +1,7 @@
 """Training as a user runs it, on small models and data."""
 
+import copy
+import dataclasses
 import math
 import subprocess
 import sys
@@ -11,12 +13,24 @@ import pytest
 import torch
 
 import train
-from data.checkpoint import load_checkpoint
+from data.checkpoint import load_checkpoint, restore
 from data.figures import memory_advice
-from data.tokens import draw_batch
+from data.hf import export_hf
+from data.tokens import draw_batch, load_meta
 from kha import CONFIGS, Config, Transformer
 from sample import evaluate
-from tests.runs import ROOT, SHORT, assert_same_run, log_of, stop_at, train_script
+from tests.reference import scramble
+from tests.runs import (
+    ROOT,
+    SHORT,
+    assert_same_run,
+    equal_weights,
+    lines_of,
+    log_of,
+    stop_at,
+    train_script,
+    weights_of,
+)
 from train import TrainConfig, lr_at, main, make_optimizer, parse_config
 
 
@@ -31,9 +45,9 @@ def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
         for line in steps
     )
     assert [line["step"] for line in evals] == [10, 20, 30]
-    assert evals[-1]["val_bpb"] == pytest.approx(
-        evals[-1]["val_loss"] / math.log(2), rel=0.01
-    )  # bytes are tokens
+    counts = load_meta(data)["val"]  # there are as many bytes as tokens, but for the ends of texts
+    bits = evals[-1]["val_loss"] / math.log(2) * counts["tokens"]
+    assert evals[-1]["val_bpb"] == pytest.approx(bits / counts["bytes"], rel=1e-6)
     diagonal, rest = evals[-1]["knocks"]["blocks.0.attn.wv.knock.down"]
     assert diagonal == pytest.approx(1, abs=0.3) and rest > 0
     assert "\na" in capsys.readouterr().out  # the sample, from the prompt on
@@ -43,6 +57,18 @@ def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
     tokens = np.memmap(data / "val.bin", dtype=np.uint16, mode="r")
     again = evaluate(model, tokens[:513], 32, 4, "cpu")
     assert again == pytest.approx(evals[-1]["val_loss"], rel=1e-6)
+
+
+def test_the_log_begins_with_the_settings(whole, data):
+    config, settings, _ = parse_config([*SHORT, "--data", str(data), "--out", "anywhere"])
+    first, *others = lines_of(whole)
+    assert first["step"] == 0 and first["config"] == dataclasses.asdict(config)
+    settings = dataclasses.asdict(settings)
+    del settings["out"]  # a folder may be moved
+    assert first["train"] == settings and first["data"] == load_meta(data)["train"]["sha256"]
+    assert (first["n_process"], first["device"]) == (1, "cpu")
+    assert first["torch"] == torch.__version__
+    assert not any("config" in line for line in others)
 
 
 def test_resumed_ends_as_if_never_stopped(data, tmp_path):
@@ -92,6 +118,55 @@ def test_learning_rate_warms_up_peaks_and_ends_at_a_tenth():
     assert all(a > b for a, b in pairwise(rates[50:]))
 
 
+def test_each_update_has_the_learning_rate_of_its_step(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "lr_at", lambda step, settings: 0.0 if step == 0 else 0.01)
+    args = [*SHORT, "--data", str(data), "--out", str(tmp_path), "--steps", "2", "--save_every"]
+    main([*args, "1"])
+    config, settings, checkpoint = parse_config([*args, "1", "--resume"])
+    start = dict(train.build_model(config, settings, "cpu", 1)[0].named_parameters())
+    for step, same in ((1, True), (2, False)):
+        now = load_checkpoint(tmp_path / f"step-{step:08d}.pt")[0].state_dict()
+        assert all(torch.equal(now[name], p) for name, p in start.items()) == same
+
+
+def test_updates_are_adamw_on_clipped_gradients():
+    """Two of two micro-batches each, against the published formulas."""
+    settings = TrainConfig(lr=0.01, beta1=0.8, beta2=0.9, weight_decay=0.5, grad_clip=0.1)
+    torch.manual_seed(0)
+    shape = dict(vocab_size=50, block_size=8, n_layer=1, n_embd=16, n_head=2, n_kv_head=2)
+    model = Transformer(Config(**shape, head_dim=8, d_ff=16)).double()
+    plain, optimizer = copy.deepcopy(model), make_optimizer(model, settings)
+    m, v = ([torch.zeros_like(p) for p in plain.parameters()] for _ in range(2))
+    for t in (1, 2):
+        micros = torch.randint(50, (2, 3, 9))
+        rows = micros.flatten(0, 1)
+        loss = plain(rows[:, :-1], rows[:, 1:])
+        gradients = torch.autograd.grad(loss, list(plain.parameters()))
+        norm = sum(g.square().sum() for g in gradients).sqrt()
+        assert norm > 2 * settings.grad_clip
+        for p, g, m_, v_ in zip(plain.parameters(), gradients, m, v, strict=True):
+            g = g * settings.grad_clip / norm
+            m_.mul_(0.8).add_(0.2 * g)
+            v_.mul_(0.9).add_(0.1 * g.square())
+            step = (m_ / (1 - 0.8**t)) / ((v_ / (1 - 0.9**t)).sqrt() + 1e-8)
+            p.data -= 0.01 * (step + (0.5 * p.data if p.dim() > 1 else 0))
+        numbers = train.update(model, model, optimizer, settings, micros)
+        expected = torch.stack((loss, norm, torch.zeros(()), torch.ones(())))
+        torch.testing.assert_close(numbers, expected.detach(), check_dtype=False)
+        for p, right in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, right, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["rms", "sign"])
+def test_a_run_balances_by_the_rule_it_is_given(rule, data, tmp_path):
+    args = f"--steps 1 --balance {rule} --balance_rate 0.25 --out".split()
+    main([*SHORT, "--data", str(data), *args, str(tmp_path)])
+    bias = weights_of(tmp_path)["blocks.0.ffn.bias"]
+    assert bias.any()
+    assert set(bias.abs().tolist()) <= {0, 0.25} or rule == "rms"
+    assert bias.square().mean().sqrt() == pytest.approx(0.25) or rule == "sign"
+
+
 def test_batches_depend_on_seed_and_step_alone():
     tokens = np.arange(1000, dtype=np.uint16)
     batch = draw_batch(tokens, 8, 16, seed=1, step=5)
@@ -106,14 +181,14 @@ def test_batches_depend_on_seed_and_step_alone():
 
 def test_evaluation_is_the_mean_over_the_first_tokens():
     torch.manual_seed(0)
-    model = Transformer(
-        Config(vocab_size=50, block_size=8, n_layer=1, n_embd=16, n_head=2, n_kv_head=2, head_dim=8)
-    )
+    shape = dict(vocab_size=50, block_size=8, n_layer=1, n_embd=16, n_head=2, n_kv_head=2)
+    model = Transformer(Config(**shape, head_dim=8, d_ff=16, n_expert=4, top_k=2))
     tokens = np.random.default_rng(0).integers(50, size=100)
     rows = torch.from_numpy(np.stack([tokens[i * 8 : i * 8 + 9] for i in range(5)]))
-    expected = model(rows[:, :-1], rows[:, 1:]).item()
+    expected = model.eval()(rows[:, :-1], rows[:, 1:]).item()
+    model.train()
     assert evaluate(model, tokens[:48], 8, 2, "cpu").item() == pytest.approx(expected, rel=1e-5)
-    assert model.training
+    assert model.training and not model.moes()[0].load.any()  # experts were chosen in eval mode
 
 
 def test_matrices_decay_and_norms_do_not():
@@ -129,6 +204,57 @@ def test_matrices_decay_and_norms_do_not():
         name for name, _ in model.named_parameters() if name.endswith("norm.weight")
     }
     assert len(decay) == len(list(model.parameters()))
+
+
+# --- starting from weights that are there ---
+
+
+def test_a_new_run_starts_from_the_weights_of_another(whole, data, tmp_path, monkeypatch):
+    """With one more knock, at the identity. The learning rate 0 shows the start."""
+    monkeypatch.setattr(train, "lr_at", lambda *_: 0.0)
+    args = ["--init", str(whole), "--data", str(data), "--out", str(tmp_path), "--steps", "1"]
+    main([*SHORT, *args, "--knock_q", "linear", "--balance_rate", "0"])
+    trained, about = load_checkpoint(whole)
+    model, checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint["step"] == 1 and model.config.knock_q == "linear"
+    assert checkpoint["val_loss"] == pytest.approx(about["val_loss"], rel=1e-6)
+    new = model.state_dict()
+    assert torch.equal(new.pop("blocks.0.attn.wq.knock.t"), torch.eye(8))
+    assert equal_weights(new, trained.state_dict())
+    settings, *lines = lines_of(tmp_path)
+    assert settings["train"]["init"] == str(whole) and lines[0]["step"] == 1
+
+
+def test_a_new_run_starts_from_a_qwen3_folder(data, tmp_path):
+    pytest.importorskip("safetensors")
+    shape = dict(vocab_size=320, block_size=32, n_layer=1, n_embd=32, n_head=4, n_kv_head=2)
+    model = scramble(Transformer(Config(**shape, head_dim=8, d_ff=32, knock_v="none")))
+    export_hf(model, tmp_path / "qwen3")
+    args = ["--init", str(tmp_path / "qwen3"), "--knock_v", "mlp", "--block_size", "16"]
+    config, settings, checkpoint = parse_config(args)
+    assert (config.knock_v, config.n_embd, config.block_size) == ("mlp", 32, 16)
+    start, _ = train.build_model(config, settings, "cpu", 1)
+    restore(start, make_optimizer(start, settings), checkpoint)
+    tokens = torch.randint(320, (2, 16))
+    torch.testing.assert_close(start(tokens), model(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ("--n_embd 64", "do not fit a model with --n_embd 64 .* differs.: leave out what changes"),
+        ("--n_layer 2", "do not fit a model with --n_layer 2"),
+        ("--knock_v none", "do not fit a model with --knock_v none"),
+        ("--n_expert 0 --top_k 0", "do not fit a model with --n_expert 0, --top_k 0"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(change, message, whole):
+    with pytest.raises(ValueError, match=message) as error:
+        parse_config(["--init", str(whole), *change.split()])
+    assert "\n" not in str(error.value)
+
+
+# --- the command line ---
 
 
 def test_every_option_is_typed_and_the_config_is_the_default():
@@ -204,7 +330,7 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
         ),
         (
             "--data DATA --block_size 1000000 --micro_batch 1 --batch_tokens 1000000",
-            "fewer than one sequence",
+            "fewer than one sequence of 1000000 + 1: prepare more text, or train with --block_size",
         ),
         ("--data nowhere", "no prepared data in nowhere"),
         ("--data CUT", "truncated"),

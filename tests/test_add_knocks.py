@@ -1,0 +1,124 @@
+"""Knocks on other people's models stay right under what people do with such models."""
+
+import pytest
+import torch
+from torch import nn
+
+from kha import add_knocks, fold
+from tests.reference import scramble
+
+
+class Values(nn.Module):
+    """As much of an attention layer as it takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.v_proj, self.o_proj = nn.Linear(24, 16), nn.Linear(16, 24)
+
+    def forward(self, x):
+        return self.o_proj(self.v_proj(x))
+
+
+def qwen2():
+    """A small random Qwen2 of transformers. Its projections to q, k and v have biases."""
+    transformers = pytest.importorskip("transformers")
+    shape = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    return scramble(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape, **heads)))
+
+
+TOKENS = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+# --- torch.compile ---
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["not yet called", "called before"])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_model_that_is_compiled_already_knocks_and_learns(kind, called):
+    model, x = Values(), torch.randn(2, 5, 24)
+    compiled = torch.compile(model, backend="aot_eager")
+    before = compiled(x) if called else model(x)
+    knock = add_knocks(model, kind, "v_proj", 8)["v_proj"]
+    torch.testing.assert_close(compiled(x), before)
+    scramble(knock)
+    assert not torch.allclose(compiled(x), before, rtol=0.1)
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).sum().backward()
+    assert all(p.grad.any() for p in knock.parameters())
+
+
+# --- saving, the Trainer, LoRA ---
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_save_pretrained_and_back(kind, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model, again = qwen2(), qwen2()
+    for i, knock in enumerate(add_knocks(model, kind, "*.[qv]_proj", 6).values()):
+        scramble(knock, i)
+    model.save_pretrained(tmp_path)
+    add_knocks(again, kind, "*.[qv]_proj", 6)
+    weights = safetensors.load_file(tmp_path / "model.safetensors")
+    again.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("how", [{}, dict(bf16=True), dict(gradient_checkpointing=True)], ids=str)
+def test_the_trainer_trains_and_saves_knocks(how, tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    model = qwen2()
+    knocks = add_knocks(model, "linear", "*.[qv]_proj", 6)
+    settings = dict(max_steps=2, save_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
+    Trainer(model, TrainingArguments(str(tmp_path), **settings, **how), train_dataset=rows).train()
+    assert all(not torch.equal(knock.t, torch.eye(6)) for knock in knocks.values())
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").exists()
+
+
+def test_lora_on_a_knocked_projection_merges_after_folding():
+    peft = pytest.importorskip("peft")
+    model = qwen2().eval()
+    add_knocks(model, "linear", "*.[qv]_proj", 6)
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    scramble(lora).eval()
+    knocked = lora(TOKENS).logits
+    torch.testing.assert_close(fold(lora)(TOKENS).logits, knocked, rtol=1e-3, atol=1e-3)
+    merged = lora.merge_and_unload()
+    torch.testing.assert_close(merged(TOKENS).logits, knocked, rtol=1e-3, atol=1e-3)
+
+
+# --- what cannot take a knock ---
+
+
+class Linear4bit(nn.Linear):
+    """As bitsandbytes has it: a subclass with a weight that is not a matrix of numbers."""
+
+
+def test_quantised_and_wrapped_projections_are_refused():
+    model = Values()
+    model.v_proj = Linear4bit(24, 16)
+    with pytest.raises(ValueError, match="v_proj is a Linear4bit, .* before it is quantised or"):
+        add_knocks(model, "mlp", "v_proj", 8)
+    assert type(model.v_proj) is Linear4bit
+
+
+def test_a_hook_would_be_lost_so_it_is_refused():
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        model = Values()
+        getattr(model.v_proj, register)(lambda *_: None)
+        with pytest.raises(ValueError, match="v_proj has hooks, which would be lost"):
+            add_knocks(model, "mlp", "v_proj", 8)
+    model = Values()
+    model.v_proj.forward = lambda x: x  # as accelerate does it
+    with pytest.raises(ValueError, match="v_proj has hooks, which would be lost"):
+        add_knocks(model, "mlp", "v_proj", 8)
+
+
+def test_a_projection_with_two_names_knocks_once():
+    model = Values()
+    model.again = model.v_proj
+    (knock,) = add_knocks(model, "linear", "[va]*", 8).values()
+    assert model.again is model.v_proj and list(model.v_proj.knocks) == [knock]
