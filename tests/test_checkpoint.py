@@ -31,16 +31,18 @@ def tiny_checkpoint(step):
 
 
 def test_checkpoints_come_back_and_the_last_two_are_kept(tmp_path):
+    folder = tmp_path / "run [1]"  # a name that is also a pattern
+    folder.mkdir()
     for step in (5, 10, 100):
         model, checkpoint = tiny_checkpoint(step)
-        save_checkpoint(tmp_path, checkpoint)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010.pt", "step-00000100.pt"]
+        save_checkpoint(folder, checkpoint)
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000010.pt", "step-00000100.pt"]
     tokens = torch.randint(50, (1, 8))
-    for path in (tmp_path, tmp_path / "step-00000100.pt"):
+    for path in (folder, folder / "step-00000100.pt"):
         loaded, checkpoint = load_checkpoint(path)
         assert checkpoint["step"] == 100 and torch.equal(loaded(tokens), model(tokens))
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        load_checkpoint(tmp_path / "none.pt")
+        load_checkpoint(folder / "none.pt")
 
 
 def test_the_best_is_kept_beside_the_last_two(tmp_path):
@@ -93,6 +95,13 @@ def test_what_is_whole_but_no_checkpoint_is_refused_in_one_line(change, tmp_path
     ) as error:
         load_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_another_format_is_named(tmp_path):
+    checkpoint = tiny_checkpoint(1)[1]
+    save_checkpoint(tmp_path, {name: checkpoint[name] for name in checkpoint if name != "format"})
+    with pytest.raises(ValueError, match="has the checkpoint format 1 and this version .* has 2"):
+        load_checkpoint(tmp_path)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):

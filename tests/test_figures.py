@@ -119,3 +119,14 @@ def test_costs_are_the_papers():
     assert with_knock - without == 3 * kha // 2048
     head = 6 * 1024 * 50304
     assert abs(without - head - 3 * (mha + ffn) / 2048) < 1e-3 * without
+
+
+@pytest.mark.parametrize(
+    "shape,width",
+    [({}, 2 * 64), (dict(attention="mla", kv_rank=96, knock_v="linear"), 2.5 * 64)],
+    ids=["gqa", "mla"],  # MLA's queries and keys have half a head more, which RoPE turns
+)
+def test_the_cost_of_attention_grows_with_the_length(shape, width):
+    model = build("gpt2", **shape)
+    more = flops_per_token(model, 2048) - flops_per_token(model, 1024)
+    assert more == 3 * 2 * 12 * 12 * width * 1024  # 12 layers of 12 heads, forward and backward

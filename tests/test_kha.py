@@ -26,8 +26,9 @@ from tests import reference
 from tests.reference import scramble
 
 SMALL = dict(
-    vocab_size=50, block_size=32, n_layer=2, n_embd=24, n_head=6, n_kv_head=2, head_dim=8, d_ff=24
-)
+    vocab_size=50, block_size=32, n_layer=2, n_embd=24, n_head=6, n_kv_head=2, head_dim=8, d_ff=24,
+    rope_base=500.0, norm_eps=1e-4,
+)  # fmt: skip
 
 
 def build(name, **overrides):

@@ -1,6 +1,8 @@
 """Sampling: the cache changes nothing, the options do what they say, bad input is one line."""
 
 import dataclasses
+import math
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,14 +11,16 @@ import pytest
 import tiktoken
 import torch
 
-from data.checkpoint import FORMAT, save_checkpoint
-from data.tokens import load_tokenizer
+from data.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from data.tokens import load_meta, load_tokenizer, open_tokens
 from kha import Config, Transformer
 from sample import (
     Cache,
     can_capture,
     compile_steps,
+    evaluate,
     generate,
+    main,
     pick_device,
     sample_logits,
     write_samples,
@@ -203,6 +207,8 @@ def test_characters_of_several_bytes_are_written_whole(model, capsys):
         parrot = Parrot(Config(**TINY))
     write_samples(parrot, load_tokenizer("byte"), "", max_new_tokens=len(ids), temperature=0)
     assert capsys.readouterr().out == text + "\n"
+    write_samples(parrot, load_tokenizer("byte"), "", max_new_tokens=len(ids) - 1, temperature=0)
+    assert capsys.readouterr().out == text[:-1] + "\ufffd\n"  # it ends within a character
 
 
 def test_the_script(model, tmp_path):
@@ -233,6 +239,21 @@ def test_the_script(model, tmp_path):
     ]:
         code, out, err = sample(*args)
         assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+
+
+def test_the_held_out_loss_of_a_checkpoint(whole, data, tmp_path, capsys):
+    data = shutil.copytree(data, tmp_path / "data")
+    args = ["--checkpoint", str(whole), "--device", "cpu", "--evaluate", str(data)]
+    main(args)
+    counts, (model, _) = load_meta(data)["val"], load_checkpoint(whole)
+    loss = evaluate(model, open_tokens(data, "val"), 32, 8, "cpu").item()
+    bits = loss / math.log(2) * counts["tokens"] / counts["bytes"]
+    output = capsys.readouterr().out
+    assert output.startswith(f"{loss:.4f} nats per token, {bits:.4f} bits per byte (3,")
+    meta = data / "meta.json"
+    meta.write_text(meta.read_text().replace('"byte"', '"gpt2"'))
+    with pytest.raises(ValueError, match="in tokens of gpt2 and the model in those of byte: prep"):
+        main(args)
 
 
 def test_output_that_nobody_reads_ends_quietly(model, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -14,8 +15,9 @@ import torch
 
 import train
 from data.checkpoint import load_checkpoint, restore
-from data.figures import memory_advice
+from data.figures import flops_per_token, memory_advice
 from data.hf import export_hf
+from data.log import Log
 from data.tokens import draw_batch, load_meta
 from kha import CONFIGS, Config, Transformer
 from sample import evaluate
@@ -167,6 +169,40 @@ def test_a_run_balances_by_the_rule_it_is_given(rule, data, tmp_path):
     assert bias.square().mean().sqrt() == pytest.approx(0.25) or rule == "sign"
 
 
+def test_the_worst_load_is_that_of_the_worst_layer_and_each_is_balanced():
+    shape = dict(vocab_size=50, block_size=8, n_layer=2, n_embd=16, n_head=2, n_kv_head=2)
+    model = Transformer(Config(**shape, head_dim=8, d_ff=16, n_expert=4, top_k=2))
+    for moe, load in zip(model.moes(), ([6, 3, 2, 1], [3, 3, 3, 3]), strict=True):
+        moe.load.copy_(torch.tensor(load))
+    assert train.balance(model, torch.tensor(0.01), "sign") == 2
+    first, second = (moe.bias for moe in model.moes())
+    torch.testing.assert_close(first, torch.tensor([-0.01, 0, 0.01, 0.01]))
+    assert not second.any()
+
+
+def test_the_seed_decides_the_start():
+    def embedding(seed):
+        config, settings, _ = parse_config([*SHORT, "--seed", seed])
+        return train.build_model(config, settings, "cpu", 1)[0].embed.weight
+
+    assert torch.equal(embedding("7"), embedding("7"))
+    assert not torch.equal(embedding("7"), embedding("8"))
+
+
+def test_speed_is_tokens_in_a_second_and_the_share_of_all_peaks(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    config, settings, _ = parse_config([*SHORT, "--out", str(tmp_path)])
+    model, log = Transformer(config), Log(str(tmp_path), 0)
+    settings = {"config": dataclasses.asdict(config), "train": dataclasses.asdict(settings)}
+    log.begin(model, settings, "cuda:0", n_process=2, start=0)
+    monkeypatch.setattr(log, "restart_clock", lambda: 0.5)
+    log.update(1, 0.1, lambda: [2.0, 1.0, 0, True, False])
+    line = lines_of(tmp_path)[-1]
+    assert (line["tokens_per_s"], line["memory_gib"]) == (512, 3)  # 256 tokens an update
+    assert line["mfu"] == pytest.approx(512 * flops_per_token(model, 32) / (2 * 989e12))
+
+
 def test_batches_depend_on_seed_and_step_alone():
     tokens = np.arange(1000, dtype=np.uint16)
     batch = draw_batch(tokens, 8, 16, seed=1, step=5)
@@ -252,6 +288,22 @@ def test_weights_that_do_not_fit_are_refused(change, message, whole):
     with pytest.raises(ValueError, match=message) as error:
         parse_config(["--init", str(whole), *change.split()])
     assert "\n" not in str(error.value)
+
+
+def test_weights_need_data_in_their_tokens(data):
+    config, settings, _ = parse_config([*SHORT, "--data", str(data)])
+    start = {"step": 0, "tokenizer": "gpt2"}
+    with pytest.raises(ValueError, match="in tokens of byte and the model in those of gpt2: name"):
+        train.check_run(config, settings, start, "cpu")
+
+
+def test_default_data_that_another_machine_prepares_meanwhile_are_used(data, monkeypatch):
+    def prepare(inputs, folder):
+        shutil.copytree(data, folder)
+        raise FileExistsError(f"{folder} has appeared meanwhile")
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    train.find_data(train.DEFAULT_DATA)
 
 
 # --- the command line ---
