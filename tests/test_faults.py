@@ -248,7 +248,8 @@ run_script(lambda argv: (print(argv[0]), time.sleep(float(argv[1]))))
     return path
 
 
-def test_a_log_shows_each_line_at_once(prints, start):
+def test_a_log_shows_each_line_at_once(prints, start, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     process = start("a line", LIMIT, script=prints)
     assert process.stdout.readline() == "a line\n" and process.poll() is None
 
