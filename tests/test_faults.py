@@ -235,28 +235,21 @@ def test_a_disk_full_while_logging_leaves_half_a_line_at_most(whole, halves, dat
 # --- what is printed ---
 
 
-@pytest.fixture
-def prints(tmp_path):
-    """A script that prints one line and waits. It does without torch, which is slow to start."""
-    path = tmp_path / "prints.py"
-    path.write_text("""
-import time
+@pytest.mark.parametrize(
+    "text,encoding,shown", [("a line", "utf-8", "a line\n"), ("naïve 漢字", "ascii", "na?ve ??\n")]
+)
+def test_each_line_is_out_at_once_in_any_encoding(text, encoding, shown, tmp_path, monkeypatch):
+    """A process that is killed after it has printed. It does without torch, which starts slowly."""
+    script = tmp_path / "prints.py"
+    script.write_text("""
+import os, signal
 from data.script import run_script
 
-run_script(lambda argv: (print(argv[0]), time.sleep(float(argv[1]))))
+run_script(lambda argv: (print(argv[0]), os.kill(os.getpid(), signal.SIGKILL)))
 """)
-    return path
-
-
-def test_a_log_shows_each_line_at_once(prints, start, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-    process = start("a line", LIMIT, script=prints)
-    assert process.stdout.readline() == "a line\n" and process.poll() is None
-
-
-def test_what_the_terminal_cannot_show_ends_no_run(prints):
-    done = train_script("naïve 漢字", 0, script=prints, env={"PYTHONIOENCODING": "ascii"})
-    assert (done.returncode, done.stdout) == (0, "na?ve ??\n"), done.stderr
+    done = train_script(text, script=script, env={"PYTHONIOENCODING": encoding})
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, shown), done.stderr
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
