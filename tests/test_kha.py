@@ -294,7 +294,8 @@ def test_cached_pieces_give_the_logits_of_the_whole(shape, pieces):
 
 
 def test_cached_mixture_of_experts_gives_the_logits_of_the_whole():
-    model = scramble(Transformer(Config(**SMALL, n_expert=4, top_k=2))).eval()
+    """Also with `recompute`, which is for training: train.py samples with it at its end."""
+    model = scramble(Transformer(Config(**SMALL, n_expert=4, top_k=2), recompute=True)).eval()
     tokens = torch.randint(50, (3, 20))
     assert error(in_pieces(model, tokens, [12] + [1] * 8), model(tokens)) < 1e-4
 
