@@ -102,7 +102,11 @@ def test_a_checkpoint_goes_on_in_any_way_and_samples(saved, resumed, runs, tmp_p
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_run_after_its_step(number, start, data, tmp_path):
-    process = start(*LONG, "--save_every", 100000, "--data", data, "--out", tmp_path)
+    def receive():  # a shell starts what runs in the background with SIGINT ignored
+        signal.signal(number, signal.SIG_DFL)
+
+    args = [*LONG, "--save_every", 100000, "--data", data, "--out", tmp_path]
+    process = start(*args, preexec_fn=receive)
     wait_for(has_line(tmp_path), process)
     process.send_signal(number)
     output = process.communicate(timeout=LIMIT)[0]
