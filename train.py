@@ -41,7 +41,15 @@ from data.processes import (
     synchronising,
 )
 from data.script import Signals, add_fields, parse_args, run_script
-from data.tokens import draw_batch, load_meta, load_tokenizer, open_tokens, verify_tokens
+from data.tokens import (
+    check_tokenizer,
+    draw_batch,
+    load_meta,
+    load_tokenizer,
+    open_tokens,
+    tokenizer_for_checkpoint,
+    verify_tokens,
+)
 from kha import CONFIGS, Config, Transformer, init_weights, randomise_knocks
 from moe import BALANCE_RULES
 from sample import (
@@ -155,7 +163,8 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
         return Config(**checkpoint["config"]), train, checkpoint
     if settings.get("init"):
         model = import_hf(settings["init"], **shape)
-        return model.config, TrainConfig(**settings), {"model": model.state_dict(), "step": 0}
+        start = {"step": 0, "tokenizer": os.path.join(settings["init"], "tokenizer.json")}
+        return model.config, TrainConfig(**settings), {"model": model.state_dict(), **start}
     return Config(**{**CONFIGS[name], **shape}), TrainConfig(**settings), None
 
 
@@ -348,6 +357,8 @@ def check_run(
                 f"{data} ({split}) has {n} tokens, fewer than one sequence of {T} + 1: prepare"
                 f" more text, or add --block_size {2 ** ((n - 1).bit_length() - 1)}"
             )
+    if checkpoint:
+        check_tokenizer(data, load_tokenizer(checkpoint["tokenizer"]))
     if start > train.steps:
         raise ValueError(f"the run in {train.out} has done {start} steps: give more than --steps"
                          f" {train.steps}")
@@ -419,6 +430,7 @@ def main(argv: list[str]) -> None:
             # Not while updates are left out: if the weights are at fault, older ones must stay.
             if saves and finite or last or stopping:
                 state = {**settings, "format": files.FORMAT, "step": done, "val_loss": val_loss}
+                state |= {"tokenizer": tokenizer_for_checkpoint(tokenizer)}
                 state |= files.collect(model, optimizer)
                 if rank == 0:
                     log.sync()  # no checkpoint on the disk without the log up to it

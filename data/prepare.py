@@ -47,7 +47,7 @@ import tiktoken
 from tqdm import tqdm
 
 from data.script import parse_args, run_script
-from data.tokens import SPLITS, TOKENIZERS, load_tokenizer
+from data.tokens import SPLITS, TOKENIZERS, keep_tokenizer, load_tokenizer
 
 PIECE = 1 << 20  # bytes of text read, tokenised and held per worker at a time
 JSONL = (".jsonl", ".jsonl.gz")
@@ -382,7 +382,7 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str = "
         downloads.mkdir()
         sources = find_sources(inputs, downloads)
         written = write_tokens(work, sources, encoding, field, val_fraction, workers)
-        meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
+        meta = {"tokenizer": keep_tokenizer(encoding, work), "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
                 "sources": inputs or [f"the standard library of Python {platform.python_version()}"],
                 "val_fraction": val_fraction, **written}
         (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
@@ -405,7 +405,7 @@ def main(argv: list[str]) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", metavar="INPUT")
     parser.add_argument("--out", help="new folder for the token files (data/stdlib if there is no INPUT)")
-    parser.add_argument("--tokenizer", default="byte", help=f"one of {', '.join(TOKENIZERS)} (default: byte)")
+    parser.add_argument("--tokenizer", default="byte", help=f"one of {', '.join(TOKENIZERS)}, or a tokenizer.json (default: byte)")
     parser.add_argument("--field", default="text", help="of .jsonl and hf: rows, the text (default: text)")
     parser.add_argument("--val_fraction", type=float, default=0.05, help="held out, of 1 (default: 0.05)")
     parser.add_argument("--workers", type=int, help="threads (default: one a core)")
