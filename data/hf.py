@@ -116,10 +116,10 @@ def export_hf(model: Transformer, folder: str, tokenizer: tiktoken.Encoding) -> 
             Path(temporary, name).write_text(text, encoding="utf-8")
         file = Path(temporary, "model.safetensors")
         safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
-        shutil.copymode(Path(temporary, "config.json"), file)  # safetensors lets only its owner read
+        shutil.copymode(Path(temporary, "config.json"), file)  # safetensors makes it private
         os.replace(temporary, folder)
     except (OSError, safetensors.SafetensorError) as error:
-        raise OSError(f"cannot write {folder}, and nothing is left of it ({error})") from error
+        raise OSError(f"cannot write {folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -214,7 +214,8 @@ def import_hf(folder: str, **changes) -> Transformer:
         hf = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         for there, what in [
-            (hf.get("model_type") != "qwen3", f"a model of type {hf.get('model_type')!r}, not qwen3"),
+            (hf.get("model_type") != "qwen3",
+             f"a model of type {hf.get('model_type')!r}, not qwen3"),
             (hf.get("attention_bias"), "biases (attention_bias)"),
             (hf.get("use_sliding_window"), "sliding windows (use_sliding_window)"),
             (hf.get("hidden_act", "silu") != "silu",
@@ -260,5 +261,7 @@ def check_head(folder: str, weights: dict[str, torch.Tensor], tied: bool) -> Non
     if head is None:
         raise KeyError("lm_head.weight")
     if not torch.equal(head, embedding):
-        raise ValueError(f"cannot import {folder}: its output projection (lm_head.weight) is not its"
-                         " embedding, and ours is (Qwen3 up to 4B has one weight for both)")
+        raise ValueError(
+            f"cannot import {folder}: its output projection (lm_head.weight) is not its embedding,"
+            " as it is in our models and in Qwen3 up to 4B"
+        )

@@ -1,8 +1,8 @@
 """tokenizer.json, the file that transformers has for a tokenizer, out of and into tiktoken.
 
-Both hold a byte-level BPE: a pattern cuts text into pieces, and in each piece the pair of neighbours
-that comes first in a list becomes one token, again and again. tiktoken lists the tokens (ids are
-ranks), tokenizer.json the pairs; and it spells bytes as letters, as GPT-2 did.
+Both hold a byte-level BPE: a pattern cuts text into pieces. In each piece neighbours become one
+token, again and again, those first that come first in a list. tiktoken has a list of tokens, in the
+order of their ids. tokenizer.json has a list of pairs, and spells bytes as letters, as GPT-2 did.
 """
 
 import json
@@ -75,18 +75,18 @@ def to_json(tokenizer: tiktoken.Encoding) -> str:
                  "invert": False}
         cut = {"type": "Sequence", "pretokenizers": [split, letters]}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    special = tokenizer._special_tokens.items()
+    special = tokenizer._special_tokens
+    vocab = {spell(token): rank for token, rank in ranks.items()}
     content = {
         "version": "1.0",
         "added_tokens": [{"id": i, "content": name, **plain, "special": True}
-                         for name, i in special],
+                         for name, i in special.items()],
         "normalizer": None,
         "pre_tokenizer": cut,
         "post_processor": None,
         "decoder": letters,
-        "model": {"type": "BPE", "ignore_merges": True,
-                  "vocab": {spell(token): rank for token, rank in ranks.items()},
-                  "merges": merges},
+        # Only in the vocabulary, too, do added tokens keep their ids.
+        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab | special, "merges": merges},
     }  # fmt: skip
     return json.dumps(content, ensure_ascii=False)
 
@@ -146,7 +146,7 @@ def read_pattern(cut: dict, merges: bool) -> str:
 
 
 def check_kind(content: dict) -> None:
-    """Raises ValueError if a tokenizer.json is no BPE, or changes text in ways that are not ours."""
+    """Raises ValueError if a tokenizer.json is no BPE, or if it changes text or adds tokens."""
     model, after = content["model"], content.get("post_processor") or {}
     for wrong, what in [
         (model["type"] != "BPE", f"a model of type {model['type']}, not BPE"),

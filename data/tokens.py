@@ -17,7 +17,7 @@ SPLITS = ("train", "val")
 TOKENIZER_FILE = "tokenizer.json"  # a copy of the one that the data were prepared with
 PIECE = 1 << 20  # tokens read at a time
 
-# the files tiktoken downloads for each tokenizer, named here to tell users without network what to copy
+# the files that tiktoken downloads for each tokenizer: users without network are told to copy them
 BLOBS = "https://openaipublic.blob.core.windows.net/"
 TOKENIZERS = {
     "byte": [],
@@ -48,9 +48,11 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(name)
     except OSError as error:
-        copies = ", ".join(f"{url} as {hashlib.sha1(url.encode()).hexdigest()}" for url in TOKENIZERS[name])
-        raise OSError(f"cannot download the tokenizer {name} ({type(error).__name__}): without network, put "
-                      f"{copies} into a folder and set TIKTOKEN_CACHE_DIR to that folder") from error
+        copies = ", ".join(f"{url} as {hashlib.sha1(url.encode()).hexdigest()}"
+                           for url in TOKENIZERS[name])
+        raise OSError(f"cannot download the tokenizer {name} ({type(error).__name__}): without "
+                      f"network, put {copies} into a folder and set TIKTOKEN_CACHE_DIR to that "
+                      "folder") from error
 
 
 def keep_tokenizer(tokenizer: tiktoken.Encoding, folder: Path) -> str:
