@@ -167,8 +167,8 @@ def check_kind(content: dict) -> None:
 
 
 def check_tokens(model: dict, ranks: dict[bytes, int], added: dict[str, int]) -> None:
-    """Raises ValueError if a tokenizer.json makes other tokens than tiktoken with these ranks, or if
-    it lacks one that has to be there."""
+    """Raises ValueError if a tokenizer.json makes other tokens than tiktoken with these ranks, or
+    lacks one that has to be there."""
     ids = [*ranks.values(), *added.values()]
     for wrong, what in [
         (END not in added, f"no added token {END}, which ends documents here"),
