@@ -36,13 +36,12 @@ HF_SIZES = {  # field of Config -> key of config.json
     "d_ff": "intermediate_size",
     "norm_eps": "rms_norm_eps",
 }
-GATED = ("mlp", "gate")  # the knocks that leave a gate when they are folded
 
 
 def gated_knocks(config: Config) -> dict[str, str]:
-    """The projections with a knock that leaves a gate, such as v_proj, and its kind."""
+    """The projections with a knock that folding leaves a gate of, such as v_proj, and its kind."""
     kinds = {f"{part}_proj": getattr(config, f"knock_{part}") for part in "qkv"}
-    return {name: kind for name, kind in kinds.items() if kind in GATED}
+    return {name: kind for name, kind in kinds.items() if kind in ("mlp", "gate")}
 
 
 def hf_names(config: Config) -> dict[str, list[str]]:
@@ -117,6 +116,9 @@ def export_hf(model: Transformer, folder: str, tokenizer: tiktoken.Encoding) -> 
         file = Path(temporary, "model.safetensors")
         safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
         shutil.copymode(Path(temporary, "config.json"), file)  # safetensors makes it private
+        for path in Path(temporary).iterdir():
+            with open(path, "r+b") as written:
+                os.fsync(written.fileno())  # the folder must not appear before what is in it
         os.replace(temporary, folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(f"cannot write {folder}: {error}") from error

@@ -2,6 +2,7 @@
 gate, folded. This file goes along with the weights; load them with trust_remote_code=True."""
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     Glm4MoeConfig,
@@ -22,8 +23,11 @@ except ImportError:
 
 
 class KnockedHeads(nn.Module):
-    """A projection x W and its knock, 2 (x W W^up * sigmoid(x W W^gate)) W^down (eq. 9). W W^up and
-    W W^gate are one weight each. W^down is in W^O where the heads are values; a gate has none."""
+    """A projection W and its knock on x W, 2 (x W W^up * sigmoid(x W W^gate)) W^down (eq. 9).
+
+    W W^up is one weight, and so is W W^gate. W^down is here on queries and keys only: on values it
+    is in W^O, and the kind "gate" has none. This is no nn.Linear, or vLLM would replace it by one.
+    """
 
     def __init__(self, plain: nn.Linear, head_dim: int, has_down: bool):
         super().__init__()
@@ -32,10 +36,10 @@ class KnockedHeads(nn.Module):
         self.down = nn.Parameter(torch.eye(head_dim)) if has_down else None
 
     def forward(self, x):
-        x = 2 * self.up(x) * torch.sigmoid(self.gate(x))
+        heads = 2 * self.up(x) * torch.sigmoid(self.gate(x))  # (B, T, H * D)
         if self.down is None:
-            return x
-        return (x.unflatten(-1, (-1, len(self.down))) @ self.down).flatten(-2)
+            return heads
+        return (heads.unflatten(-1, (-1, len(self.down))) @ self.down).flatten(-2)
 
 
 class Knocked:
@@ -50,24 +54,42 @@ class Knocked:
 
 
 class KHAQwen3Config(Qwen3Config):
+    """Qwen3's, and the field `knocks`."""
+
     model_type = "kha_qwen3"
 
 
 class KHAQwen3Model(Knocked, Qwen3Model):
+    """Qwen3 with knocks, without its output projection."""
+
     config_class = KHAQwen3Config
 
 
 class KHAQwen3ForCausalLM(Knocked, Qwen3ForCausalLM):
+    """Qwen3 with knocks."""
+
     config_class = KHAQwen3Config
 
 
 class KHAGlm4MoeConfig(Glm4MoeConfig):
+    """Glm4Moe's, and the field `knocks`."""
+
     model_type = "kha_glm4_moe"
 
 
 class KHAGlm4MoeModel(Knocked, Glm4MoeModel):
+    """Glm4Moe with knocks, without its output projection."""
+
     config_class = KHAGlm4MoeConfig
 
 
 class KHAGlm4MoeForCausalLM(Knocked, Glm4MoeForCausalLM):
+    """Glm4Moe with knocks."""
+
     config_class = KHAGlm4MoeConfig
+
+
+# `transformers serve` looks for a model's class in the package. There may be two modules of that
+# name, so their class gets it.
+for cls in (KHAQwen3ForCausalLM, KHAGlm4MoeForCausalLM):
+    setattr(type(transformers), cls.__name__, cls)

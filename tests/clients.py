@@ -196,6 +196,8 @@ def try_serve(python: Path, name: str, out: Path, exported: Path) -> None:
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
                 break
+            if server.poll() is not None:
+                raise SystemExit(f"transformers serve has ended: see {out / 'serve.log'}")
             time.sleep(1)
         written = []
         for prompt in PROMPTS:
@@ -218,7 +220,8 @@ def try_lm_eval(python: Path, name: str, out: Path, exported: Path, data: Path) 
     """Log-likelihoods of held-out texts, each after the token that ends a document."""
     model, _ = load_checkpoint(str(out))
     tokenizer = load_tokenizer("gpt2")
-    held_out = open_tokens(str(data), "val")[: 20 * 100].tolist()
+    held_out = open_tokens(str(data), "val")
+    held_out = held_out[held_out != tokenizer.eot_token][:2000].tolist()
     texts = [tokenizer.decode(held_out[i : i + 100]) for i in range(0, len(held_out), 100)]
     ours = []
     for text in texts:
