@@ -150,7 +150,7 @@ def read_pattern(cut: dict, merges: bool) -> str:
 
 def check_kind(content: dict) -> None:
     """Raises ValueError if a tokenizer.json is no BPE, or if it changes text or adds tokens."""
-    model, after = content["model"], content.get("post_processor") or {}
+    model, last = content["model"], content.get("post_processor") or {"type": "ByteLevel"}
     for wrong, what in [
         (model["type"] != "BPE", f"a model of type {model['type']}, not BPE"),
         (model.get("dropout"), "dropout"),
@@ -159,11 +159,17 @@ def check_kind(content: dict) -> None:
         (model.get("byte_fallback"), "byte_fallback, so its tokens are not of bytes"),
         (content.get("normalizer") not in (None, {"type": "NFC"}),
          f"the normalizer {json.dumps(content.get('normalizer'))[:200]}"),
-        (after.get("type", "ByteLevel") != "ByteLevel",
-         f"a post_processor ({after.get('type')}) that adds tokens: set it to null"),
+        (not all(adds_nothing(part) for part in last.get("processors", [last])),
+         f"a post_processor ({last['type']}) that adds tokens: set it to null"),
     ]:  # fmt: skip
         if wrong:
             raise ValueError(what)
+
+
+def adds_nothing(processor: dict) -> bool:
+    """Whether a post_processor leaves tokens as they are."""
+    is_template = processor["type"] == "TemplateProcessing"
+    return processor["type"] == "ByteLevel" or is_template and not processor["special_tokens"]
 
 
 def check_tokens(model: dict, ranks: dict[bytes, int], added: dict[str, int]) -> None:

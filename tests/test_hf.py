@@ -14,7 +14,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import hf
 from data.figures import knock_movement
 from data.hf import export_hf, import_hf
 from data.tokens import load_tokenizer
@@ -30,7 +29,7 @@ safetensors = pytest.importorskip("safetensors")
 
 HEADS = {"wide": (6, 2, 8), "odd": (3, 1, 32)}  # n_head, n_kv_head, head_dim; n_embd is 24
 SIZES = dict(vocab_size=320, hidden_size=24, intermediate_size=40, num_hidden_layers=2)
-ROPE = {"rope_type": "default", "rope_theta": 500.0}
+ROPE = {"rope_theta": 500.0}  # transformers 5 makes rope_parameters of it
 MIXTURE = dict(n_expert=6, top_k=2)
 KINDS = {
     "linear": dict(knock_q="linear", knock_k="linear", knock_v="linear"),
@@ -530,19 +529,20 @@ def test_export_overwrites_nothing(byte, tmp_path):
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["folder"]
 
 
-def test_whoever_exports_second_spoils_nothing(byte, tmp_path, monkeypatch):
-    write_texts = hf.export_texts
+def test_of_two_exports_at_once_one_stands(byte, tmp_path, monkeypatch):
+    files, model = pytest.importorskip("safetensors.torch"), ours()
+    save_file = files.save_file
 
-    def be_late(*args):  # another process has exported to the same folder meanwhile
-        (tmp_path / "hf").mkdir()
-        (tmp_path / "hf" / "config.json").write_text("first")
-        return write_texts(*args)
+    def be_late(*args, **how):  # another process exports to the same folder meanwhile
+        monkeypatch.setattr(files, "save_file", save_file)
+        export_hf(model, tmp_path / "hf", byte)
+        save_file(*args, **how)
 
-    monkeypatch.setattr(hf, "export_texts", be_late)
+    monkeypatch.setattr(files, "save_file", be_late)
     with pytest.raises(OSError, match="cannot write"):
-        export_hf(ours(), tmp_path / "hf", byte)
-    assert [p.name for p in tmp_path.rglob("*")] == ["hf", "config.json"]
-    assert (tmp_path / "hf" / "config.json").read_text() == "first"
+        export_hf(ours(**KINDS["mlp"]), tmp_path / "hf", byte)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    assert_same(load(tmp_path / "hf"), model)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
@@ -579,7 +579,7 @@ def test_exported_files_are_readable_as_the_umask_says(byte, tmp_path):
 @pytest.mark.parametrize("kind", ["none", "linear", "mlp"])
 @pytest.mark.parametrize("shards", ["5GB", "8KB"])
 def test_we_compute_what_we_imported(heads, kind, shards, tmp_path):
-    model = theirs(heads=heads, rope_parameters=ROPE, rms_norm_eps=1e-4)
+    model = theirs(heads=heads, **ROPE, rms_norm_eps=1e-4)
     model.save_pretrained(tmp_path, max_shard_size=shards)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "8KB")
     imported = import_hf(tmp_path, knock_q="linear", knock_v=kind)
@@ -594,7 +594,7 @@ def test_we_compute_what_we_imported(heads, kind, shards, tmp_path):
 
 
 def test_import_reads_older_configs_and_other_dtypes(tmp_path):
-    theirs(rope_parameters=ROPE).bfloat16().save_pretrained(tmp_path)
+    theirs(**ROPE).bfloat16().save_pretrained(tmp_path)
     edit_config(tmp_path, rope_parameters="removed", rope_theta=500, rope_scaling=None)
     imported = import_hf(tmp_path, block_size=64)
     assert imported.config.block_size == 64
@@ -604,7 +604,7 @@ def test_import_reads_older_configs_and_other_dtypes(tmp_path):
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_imported_trained_and_exported_again(kind, byte, tmp_path):
-    theirs(rope_parameters=ROPE).save_pretrained(tmp_path / "in")
+    theirs(**ROPE).save_pretrained(tmp_path / "in")
     model = import_hf(tmp_path / "in", **KINDS[kind])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     tokens = random_tokens(4, 20)

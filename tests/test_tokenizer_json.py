@@ -138,6 +138,21 @@ def test_we_have_the_ids_of_the_library(pattern, normalizer, monkeypatch):
     assert ours.decode(ours.encode(text)) == plain
 
 
+def test_a_file_that_transformers_has_saved_is_read(small, tmp_path):
+    file = tmp_path / "small.json"
+    small.save(str(file))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file))
+    fast.save_pretrained(tmp_path / "saved")
+    assert_same_ids(load_tokenizer(str(tmp_path / "saved" / "tokenizer.json")), small)
+    export = tmp_path / "byte"
+    export.mkdir()
+    (export / "tokenizer.json").write_text(to_json(load_tokenizer("byte")))
+    (export / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    transformers.AutoTokenizer.from_pretrained(export).save_pretrained(tmp_path / "again")
+    again = load_tokenizer(str(tmp_path / "again" / "tokenizer.json"))
+    assert again.encode("naïve") == load_tokenizer("byte").encode("naïve")
+
+
 def test_older_forms_of_the_file_are_read(small):
     content = json.loads(small.to_str())
     model = content["model"]
@@ -175,6 +190,12 @@ def split_by(pattern):
     return {"type": "Sequence", "pretokenizers": [{**split, "invert": False}, letters]}
 
 
+def add_begin():
+    """A post_processor that begins each text with a token, as Llama's does."""
+    end = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}
+    return {"type": "TemplateProcessing", "special_tokens": end}
+
+
 DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
           {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]}  # fmt: skip
 
@@ -187,7 +208,9 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("model/byte_fallback", True, "which has byte_fallback"),
         ("model/end_of_word_suffix", "</w>", "which has an end_of_word_suffix"),
         ("normalizer", {"type": "Lowercase"}, "which has the normalizer .*Lowercase"),
-        ("post_processor", {"type": "TemplateProcessing"}, "post_processor .TemplateProcessing."),
+        ("post_processor", add_begin(), "a post_processor .TemplateProcessing. that adds tokens"),
+        ("post_processor", {"type": "Sequence", "processors": [{"type": "ByteLevel"}, add_begin()]},
+         "a post_processor .Sequence. that adds tokens"),
         ("pre_tokenizer", DIGITS, "which has the pre_tokenizer .*Digits"),
         ("pre_tokenizer", {"type": "Metaspace", "replacement": "_"}, "pre_tokenizer .*Metaspace"),
         ("pre_tokenizer", split_by("[0-9]{1,3}+|."), "which has the pre_tokenizer"),
