@@ -1,21 +1,21 @@
 """Knocking-Heads Attention (Zhou et al. 2025, arXiv 2510.23052) in one file.
 
 Attention heads work alone until their outputs are concatenated. KHA lets them "knock" on each
-other earlier: one small matrix, head_dim x head_dim and shared by all heads, is applied to every
-head's query, key and/or value, right after W^Q, W^K, W^V. It starts as the identity, so step 0 is
-exactly the model without it. Attention itself does not change, so every fast kernel still applies.
+other earlier. In each layer, all heads of W^Q, W^K or W^V share one small map from head_dim numbers
+to head_dim numbers, and every head goes through it right after the projection. The map starts as
+the identity, so step 0 is exactly the model without it. Attention itself does not change, so every
+fast kernel still applies. Equations, tables and sections are those of the paper.
 
-Read to the end of `Transformer`: the method (`Knock`, `Heads`) and a Qwen3-style decoder around
-it, with RMSNorm before each part, no biases, QK-norm, RoPE, SwiGLU or a mixture of experts
-(moe.py), tied embeddings. The rest is to look up: the other attentions of Table 3, folding, knocks
-on other people's models, sizes, configs; and at the end "the same, faster".
+Read to the end of `Transformer`: the method (`Knock`, `Heads`) in a decoder like Qwen3. The rest is
+to look up: other attentions, knocks on other people's models, folding, configs, a faster kernel.
 
 Letters in the comments on shapes:
-    B  sequences in a batch        H  heads (of queries, or of keys and values)
-    T  tokens that are fed in      D  features of a head, head_dim
-    C  features of a token, n_embd S  tokens that are attended to
-    V  size of the vocabulary      G  latent heads of MLA
-    N  tokens of all sequences     E, K, F  experts, experts of a token (top_k), width d_ff
+    B     sequences in a batch            S  tokens that are attended to (S = T without a cache)
+    T     tokens that are fed in          G  latents of MLA
+    C     features of a token, n_embd     V  token ids, vocab_size
+    H     query heads                     N  tokens of all sequences, B * T
+    H_kv  key and value heads             E  experts, K of them for a token (top_k)
+    D     features of a head, head_dim    F  width of an expert, d_ff
 """
 
 import dataclasses
@@ -25,9 +25,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -54,16 +53,16 @@ class Config:
     n_kv_head: int = 12  # key and value heads: n_head of them is MHA, 1 is MQA, between is GQA
     head_dim: int = 64  # features of a head
     attention: str = "gqa"  # gqa, gta or mla
-    kv_rank: int = 0  # MLA: width of the cached latents, all n_kv_head together (1: MLA, more: GLA)
-    q_rank: int = 0  # MLA: width of the query's latent, 0 for none
+    kv_rank: int = 0  # MLA: width of its n_kv_head cached latents together (one, or more for GLA)
+    q_rank: int = 0  # MLA: width of the query's latent; 0: it has none
     d_ff: int = 2048  # width of the SwiGLU, or of each expert
     n_expert: int = 0  # 0 is a dense model
     top_k: int = 0  # experts per token
     knock_q: str = "none"  # none, linear, mlp or gate
     knock_k: str = "none"  # as knock_q
-    knock_v: str = "mlp"  # as knock_q
+    knock_v: str = "mlp"  # as knock_q; on values a knock gains most (Table 2)
     knock_init: str = "identity"  # identity, or random for the paper's ablation
-    rope_base: float = 10000.0  # wavelengths of RoPE grow to 2 pi times this
+    rope_base: float = 10000.0  # the slowest pair turns once in about 2 pi times so many tokens
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
 
     def __post_init__(self):
@@ -71,7 +70,7 @@ class Config:
 
     @property
     def rope_dim(self) -> int:
-        """How many features of a head RoPE turns: all of them; in GTA and MLA head_dim / 2."""
+        """RoPE turns so many features of a head: all of them; in GTA and MLA head_dim / 2."""
         return self.head_dim if self.attention == "gqa" else self.head_dim // 2
 
 
@@ -83,16 +82,16 @@ KNOCKS = {"none": (), "linear": ("t",), "mlp": ("up", "gate", "down"), "gate": (
 
 
 class Knock(nn.Module):
-    """What KHA does to one head x_i (..., D), with the same small matrices for all heads i.
+    """What KHA does to one head x_i (..., D), the same for every head i of a projection.
 
         none     x_i                                                eq. 1-3
         linear   x_i T                                              eq. 5-7
         mlp      2 (x_i W^up * sigmoid(x_i W^gate)) W^down          eq. 9
-        gate     2 x_i * sigmoid(x_i W^gate)                        Table 2, harmful
+        gate     2 x_i * sigmoid(x_i W^gate)                        Table 2: a higher loss
 
-    The heads interact only because they share the matrices: all of them train the same T.
-    T, W^up and W^down start as the identity, W^gate as zero (section 3.3). Since 2 sigmoid(0) = 1,
-    the knock then returns x_i, bit for bit.
+    No head reads another head's numbers. The heads interact because they share these D x D
+    matrices, where the gradients of all of them meet. At the start the knock returns x_i, bit for
+    bit: T, W^up, W^down are the identity, W^gate is zero, and 2 sigmoid(0) = 1 (section 3.3).
     """
 
     def __init__(self, kind: str, head_dim: int):
@@ -103,13 +102,13 @@ class Knock(nn.Module):
             self.register_parameter(name, nn.Parameter(start))
 
     def forward(self, x: Tensor) -> Tensor:
-        """All heads (..., D) -> all heads (..., D)."""
+        """Every head of x (..., H, D) on its own: the same shape."""
         if self.kind == "linear":
             return x @ self.t.to(x.dtype)
         if self.kind == "mlp":
             up, gate, down = self.up.to(x.dtype), self.gate.to(x.dtype), self.down.to(x.dtype)
             if can_fuse(x):
-                return fused_mlp(x, up, gate, down)  # the next line as one kernel
+                return fused_mlp(x, up, gate, down)  # the same as one kernel, see below
             return (2 * (x @ up) * torch.sigmoid(x @ gate)) @ down
         if self.kind == "gate":
             return 2 * x * torch.sigmoid(x @ self.gate.to(x.dtype))
@@ -121,30 +120,33 @@ class Heads(nn.Module):
 
     def __init__(self, n_in: int, n_head: int, head_dim: int, knock: str = "none"):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_head * head_dim, n_in))  # rows of head i: W_i^T
+        # The weight of nn.Linear is transposed: rows i * D to (i + 1) * D are those of head i.
+        self.weight = nn.Parameter(torch.empty(n_head * head_dim, n_in))
         self.knock = Knock(knock, head_dim)
 
-    def knocked_weight(self, dtype: torch.dtype) -> Tensor:
-        """W_i for every head i, or with a linear knock W_i T (eq. 8): (H * D, n_in)."""
+    def absorbed_weight(self, dtype: torch.dtype) -> Tensor:
+        """W_i for every head i; with a linear knock W_i T (eq. 8): (H * D, n_in)."""
         weight = self.weight.to(dtype)
         if self.knock.kind == "linear":
             weight = absorb(weight, self.knock.t.to(dtype))
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(x, self.knocked_weight(x.dtype)).unflatten(-1, (-1, self.knock.head_dim))
+        heads = F.linear(x, self.absorbed_weight(x.dtype))  # (B, T, H * D)
+        heads = heads.unflatten(-1, (-1, self.knock.head_dim))  # (B, T, H, D)
         if self.knock.kind == "linear":
-            return x  # (X W_i) T = X (W_i T): T met the weight, which is smaller than all the heads
-        return self.knock(x)
+            return heads  # x (W_i T) is (x W_i) T, and the weight is smaller than the heads
+        return self.knock(heads)
 
 
 def absorb(weight: Tensor, t: Tensor) -> Tensor:
-    """Eq. 8, W_i' = W_i T for every head i, on a weight (H * D, n_in) with rows W_i^T."""
-    return (t.mT @ weight.unflatten(0, (-1, len(t)))).flatten(0, 1)
+    """Eq. 8: W_i T for every head i of a transposed weight (H * D, n_in), in its shape."""
+    heads = weight.unflatten(0, (-1, len(t)))  # (H, D, n_in)
+    return (t.mT @ heads).flatten(0, 1)
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias that computes in its input's dtype, whatever that of its weight."""
+    """nn.Linear without bias that casts its weight to the dtype of its input."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
@@ -154,41 +156,41 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm that computes in its input's dtype. torch's fused kernel needs equal dtypes."""
+    """nn.RMSNorm that casts its weight, too: torch's fused kernel needs equal dtypes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-class Positions(NamedTuple):
-    """Where the tokens of one forward pass stand, the same for all layers."""
+class Common(NamedTuple):
+    """What all layers need to know of the tokens in one forward pass."""
 
-    index: Tensor  # (T,) integers
+    position: Tensor  # (T,) integers
     rope: tuple[Tensor, Tensor]  # cosine and sine of the angles, (T, 1, rope_dim / 2)
-    mask: Tensor | None  # (T, S), true for what a token sees; None without a past (S = T)
+    mask: Tensor | None  # (T, S), true for what a token sees; None: itself and all before it
 
 
-def rope_tables(index: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
+def rope_tables(position: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of RoPE's angles at positions (T,): two tensors (T, 1, dim / 2), float32."""
-    exponent = torch.arange(0, dim, 2, device=index.device, dtype=torch.float32) / dim
-    angles = index[:, None, None] * base**-exponent
+    exponent = torch.arange(0, dim, 2, device=position.device, dtype=torch.float32) / dim
+    angles = position[:, None, None] * base**-exponent  # (T, 1, dim / 2), the same for all heads
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE in the half-rotation layout: feature j turns with feature j + D/2. (B, T, H, D)."""
+    """RoPE on x (B, T, H, dim): feature j turns with feature j + dim/2 (half-rotation layout)."""
     cos, sin = rope[0].to(x.dtype), rope[1].to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask=None, scale=None):
-    """Eq. 4, softmax(q k^T scale) v for each head: q (B, T, H, D), k and v (B, S, H_kv, D) ->
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale=None) -> Tensor:
+    """Eq. 4, softmax(q k' scale) v for each head: q (B, T, H, D), k and v (B, S, H_kv, D) ->
     (B, T, H, D). H / H_kv query heads share a key/value head. The default scale is 1 / sqrt(D).
-    A token sees what `mask` (T, S) says; without a mask itself and what is before it."""
+    Without a mask (T, S), attention is causal: a token sees itself and what is before it."""
     if mask is not None:
-        return attend_to_past(q, k, v, mask, scale)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        return attend_with_mask(q, k, v, mask, scale)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T, D)
     grouped = q.shape[1] > k.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2)  # (B, T, H, D)
@@ -211,119 +213,104 @@ class GQA(nn.Module):
         self.q_norm = RMSNorm(D, eps=config.norm_eps)
         self.k_norm = RMSNorm(D, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, positions: Positions, cache=None) -> Tensor:
-        q, k, v = self.wq(x), self.wk(x), self.wv(x)  # (B, T, H, D): the heads, knocked
-        q, k = rotate(self.q_norm(q), positions.rope), rotate(self.k_norm(k), positions.rope)
+    def forward(self, x: Tensor, common: Common, cache=None) -> Tensor:
+        q = self.wq(x)  # (B, T, H, D), knocked
+        k, v = self.wk(x), self.wv(x)  # (B, T, H_kv, D), knocked
+        q = rotate(self.q_norm(q), common.rope)
+        k = rotate(self.k_norm(k), common.rope)
         if cache is not None:
-            k, v = cache.update(positions, k, v)  # (B, S, H_kv, D): the past as well
-        y = attend(q, k, v, positions.mask)  # (B, T, H, D)
-        return self.wo(y.flatten(2))
-
-
-# --------------------------------------------------------------------------------------------------
-# The model
+            k, v = cache.update(common, k, v)  # (B, S, H_kv, D), with those of earlier tokens
+        y = attend(q, k, v, common.mask)  # (B, T, H, D)
+        return self.wo(y.flatten(2))  # (B, T, H * D) -> (B, T, C)
 
 
 class Block(nn.Module):
-    """x + attention, then x + feed-forward, each of the normalised x: (B, T, C) -> (B, T, C)."""
+    """x = x + attention(norm(x)), then x + feed-forward(norm(x)): (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.attn_norm = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.ffn_norm = RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.attn = ATTENTIONS[config.attention](config)
+        self.attn = ATTENTIONS[config.attention](config)  # such as GQA(config)
         if config.n_expert:
             self.ffn = MoE(config.n_embd, config.d_ff, config.n_expert, config.top_k)
         else:
             self.ffn = SwiGLU(config.n_embd, config.d_ff)
 
-    def forward(self, x: Tensor, positions: Positions, cache=None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), positions, cache)
+    def forward(self, x: Tensor, common: Common, cache=None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), common, cache)
         return x + self.ffn(self.ffn_norm(x))
-
-
-class Head(nn.Module):
-    """The model's end: norm, then logits x W^T. (B, T, C) and W (V, C) -> (B, T, V)."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
-
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(self.norm(x), weight.to(x.dtype))
-
-
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of targets (B, T) by the logits x W^T: x (B, T, C), W (V, C)."""
-    logits = F.linear(x, weight.to(x.dtype))  # (B, T, V)
-    return F.cross_entropy(upcast(logits).flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()
 def init_weights(module: nn.Module, config: Config) -> None:
-    """Give every weight its start, in place, for a whole model or for one part after the other.
+    """Give every weight its start, in place, for a model or one of its blocks, embedding or norm.
 
-    Knocks draw no random numbers: the same seed gives the same base weights whichever knocks there
-    are, and with all knocks at the identity the very same function (section 3.3).
+    Knocks at the identity (section 3.3) draw no random numbers. So with the same seed, models with
+    and without knocks have the same base weights, and the same outputs at step 0.
     """
-    out_std = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: the residual stream keeps its size
+    out_std = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: activations do not grow with depth
     for name, p in module.named_parameters():
         match name.split("."):
+            case [*_, "knock", _] if config.knock_init == "random":
+                p.normal_(std=len(p) ** -0.5)  # keeps the variance
             case [*_, "knock", "gate"]:
                 p.zero_()
             case [*_, "knock", _]:
                 nn.init.eye_(p)
-            case [*_, layer, "weight"] if layer.endswith("norm"):
+            case _ if p.dim() == 1:  # the norms
                 p.fill_(1)
             case [*_, "wo", "weight"] | [*_, "w_down" | "experts_down"]:
                 p.normal_(std=out_std)
             case _:  # embedding, W^Q, W^K, W^V, w_up, experts_up, router
                 p.normal_(std=0.02)
-    for buffer in module.buffers():  # of a mixture: the balancing bias, the load
+    for buffer in module.buffers():  # the balancing bias and the load of a mixture of experts
         buffer.zero_()
 
 
 class Transformer(nn.Module):
-    """The decoder. Activations have `compute_dtype`; None is the weights' dtype. With `recompute`
-    the backward pass computes each block's activations a second time instead of keeping them.
-    `loss` is called like `cross_entropy`; train.py passes a faster one."""
+    """The decoder. Activations have `compute_dtype`; None: the dtype of the weights. `recompute`
+    computes each block's activations again in the backward pass instead of keeping them. `loss`, a
+    function of (normed x, embedding, targets), may replace the one in `forward`."""
 
-    def __init__(self, config: Config, compute_dtype=None, recompute=False, loss=cross_entropy):
+    def __init__(self, config: Config, compute_dtype=None, recompute=False, loss=None):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         self.recompute, self.loss = recompute, loss
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # also the output's weight
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.head = Head(config)
+        self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
         init_weights(self, config)
-        if config.knock_init == "random":  # last, because base weights must not depend on knocks
-            randomise_knocks(self)
 
-    def forward(self, tokens: Tensor, targets=None, index=None, cache=None) -> Tensor:
+    def forward(self, tokens: Tensor, targets=None, position=None, cache=None) -> Tensor:
         """Logits (B, T, V) of the token after each of tokens (B, T); or with targets (B, T) the
-        mean cross-entropy in nats, a scalar.
-
-        A cache (sample.Cache) stores what later tokens need. Tokens that continue the text in it
-        come with their positions `index` (T,); without these, they start a text. Raises ValueError
-        for more than block_size tokens.
-        """
-        T, c, mask = tokens.shape[1], self.config, None
-        if T > c.block_size:
-            raise ValueError(f"{T} tokens are more than the model's context of {c.block_size}")
-        if index is None:
-            index = torch.arange(T, device=tokens.device)
-        else:
-            mask = torch.arange(cache.length, device=tokens.device) <= index[:, None]  # (T, S)
-        positions = Positions(index, rope_tables(index, c.rope_dim, c.rope_base), mask)
+        mean cross-entropy in nats, a scalar. A cache (sample.Cache) stores what later tokens need.
+        Tokens that continue the text in it come with their `position` (T,); without it, they start
+        a text. Raises ValueError for more than block_size tokens."""
+        T, config, mask = tokens.shape[1], self.config, None
+        if T > config.block_size:
+            raise ValueError(f"{T} tokens are more than the model's context of {config.block_size}")
+        if position is None:
+            position = torch.arange(T, device=tokens.device)
+        else:  # a place of the cache that is not filled yet has a higher number: it is hidden
+            mask = torch.arange(cache.length, device=tokens.device) <= position[:, None]  # (T, S)
+        rope = rope_tables(position, config.rope_dim, config.rope_base)
+        common = Common(position, rope, mask)
         x = self.embed(tokens).to(dtype=self.compute_dtype)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training:
-                x = checkpoint(block, x, positions, use_reentrant=False)
+                x = checkpoint(block, x, common, use_reentrant=False)
             else:
-                x = block(x, positions, cache.layers[i] if cache else None)
+                x = block(x, common, cache.layers[i] if cache is not None else None)
         if targets is None:
-            return self.head(x, self.embed.weight)
-        return self.loss(self.head.norm(x), self.embed.weight, targets)
+            return self.logits(x)
+        if self.loss is not None:
+            return self.loss(self.norm(x), self.embed.weight, targets)
+        return F.cross_entropy(upcast(self.logits(x)).flatten(0, 1), targets.flatten())
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The model's end, norm and output: (B, T, C) -> (B, T, V)."""
+        return F.linear(self.norm(x), self.embed.weight.to(x.dtype))
 
     def moes(self) -> list[MoE]:
         """The mixtures of experts, first layer first; none in a dense model."""
@@ -331,17 +318,16 @@ class Transformer(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# To look up: the other attentions of Table 3
+# To look up: the other attentions of Table 3, knocks on models that are not ours, folding, configs
 
 
-def attend_to_past(q, k, v, mask: Tensor, scale: float | None) -> Tensor:
+def attend_with_mask(q, k, v, mask: Tensor, scale: float | None) -> Tensor:
     """`attend` with a mask. Sampling has few queries and a long past: plain products are faster."""
     group = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
     q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, H_kv, H/H_kv * T, D): a group is one head
     scores = upcast(q @ k.mT) * (scale or q.shape[-1] ** -0.5)
-    scores = scores.masked_fill(~mask.repeat(group, 1), -math.inf)
-    y = scores.softmax(-1).to(v.dtype) @ v
+    y = scores.masked_fill(~mask.repeat(group, 1), -math.inf).softmax(-1).to(v.dtype) @ v
     return y.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2)  # (B, T, H, D)
 
 
@@ -349,8 +335,7 @@ class GTA(nn.Module):
     """Grouped-tied attention (Zadouri et al. 2025, arXiv 2505.21487): (B, T, C) -> (B, T, C).
 
     Each key/value head has one tied state. It is the value, and its first half is the half of the
-    key that RoPE does not turn. The half that RoPE turns is one head that all heads share.
-    knock_v knocks the tied state once, before it is split.
+    key that RoPE does not turn; the other half all heads share. knock_v knocks the tied state.
     """
 
     def __init__(self, config: Config):
@@ -364,27 +349,25 @@ class GTA(nn.Module):
         self.k_norm = RMSNorm(D // 2, eps=eps)
         self.k_rope_norm = RMSNorm(D // 2, eps=eps)
 
-    def forward(self, x: Tensor, positions: Positions, cache=None) -> Tensor:
+    def forward(self, x: Tensor, common: Common, cache=None) -> Tensor:
         q, state = self.wq(x), self.wv(x)  # (B, T, H, D): the heads, knocked
         q, q_rope = self.q_norm(q).chunk(2, dim=-1)  # (B, T, H, D/2)
-        q = torch.cat((q, rotate(q_rope, positions.rope)), dim=-1)  # (B, T, H, D)
-        k_rope = self.k_rope_norm(self.wk_rope(x))[:, :, None]  # (B, T, 1, D/2)
-        k_rope = rotate(k_rope, positions.rope)
+        q = torch.cat((q, rotate(q_rope, common.rope)), dim=-1)  # (B, T, H, D)
+        k_rope = self.k_rope_norm(self.wk_rope(x))  # (B, T, D/2)
+        k_rope = rotate(k_rope[:, :, None], common.rope)  # (B, T, 1, D/2)
         if cache is not None:
-            state, k_rope = cache.update(positions, state, k_rope)
+            state, k_rope = cache.update(common, state, k_rope)
         k = self.k_norm(state.chunk(2, dim=-1)[0])  # (B, S, H_kv, D/2)
         k = torch.cat((k, k_rope.expand_as(k)), dim=-1)  # (B, S, H_kv, D)
-        return self.wo(attend(q, k, state, positions.mask).flatten(2))
+        return self.wo(attend(q, k, state, common.mask).flatten(2))
 
 
 class MLA(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): (B, T, C) -> (B, T, C).
 
-    Keys and values of all heads come from a latent of kv_rank numbers, R below. RoPE turns D/2
-    features of their own, which all heads share on the side of the keys. With n_kv_head > 1 there
-    are that many latents, each for its own group of heads: GLA (arXiv 2505.21487). Sampling never
-    makes keys and values: W^UK moves to the query, W^UV to the output, and attention runs on the
-    latents, which are all that the cache holds. That needs knocks that are linear.
+    Keys and values come from a latent of R numbers; with n_kv_head > 1 each group of heads has its
+    own: GLA (arXiv 2505.21487). RoPE turns D/2 more features, which all keys share. Sampling moves
+    W^UK to the query and W^UV to the output, and attends to the cached latents.
     """
 
     def __init__(self, config: Config):
@@ -402,19 +385,18 @@ class MLA(nn.Module):
         self.wk = Heads(rank, H, D, config.knock_k)  # W^UK: head h reads the latent of its group
         self.wv = Heads(rank, H, D, config.knock_v)  # W^UV
 
-    def forward(self, x: Tensor, positions: Positions, cache=None) -> Tensor:
+    def forward(self, x: Tensor, common: Common, cache=None) -> Tensor:
         G, D = self.n_latent, self.wq.knock.head_dim
         q_latent = self.q_norm(self.wq_latent(x))
         q = self.wq(q_latent)  # (B, T, H, D)
-        q_rope = self.wq_rope(q_latent).unflatten(-1, (-1, D // 2))  # (B, T, H, D/2)
-        q_rope = rotate(q_rope, positions.rope)
+        q_rope = rotate(self.wq_rope(q_latent).unflatten(-1, (-1, D // 2)), common.rope)
         latent = self.kv_norm(self.wkv_latent(x).unflatten(-1, (G, -1)))  # (B, T, G, R)
-        k_rope = rotate(self.wk_rope(x)[:, :, None], positions.rope)  # (B, T, 1, D/2)
+        k_rope = rotate(self.wk_rope(x)[:, :, None], common.rope)  # (B, T, 1, D/2)
         if cache is not None:
-            latent, k_rope = cache.update(positions, latent, k_rope)
-        wk = self.wk.knocked_weight(x.dtype).unflatten(0, (G, -1, D))  # (G, H/G, D, R)
-        wv = self.wv.knocked_weight(x.dtype).unflatten(0, (G, -1, D))
-        if positions.mask is None:  # no past: make keys and values, which are smaller than latents
+            latent, k_rope = cache.update(common, latent, k_rope)
+        wk = self.wk.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))  # (G, H/G, D, R)
+        wv = self.wv.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))
+        if common.mask is None:  # no past: make keys and values, which are smaller than latents
             k = torch.einsum("btgr,ghdr->btghd", latent, wk).flatten(2, 3)  # (B, T, H, D)
             v = torch.einsum("btgr,ghdr->btghd", latent, wv).flatten(2, 3)
             k = torch.cat((k, k_rope.expand_as(q_rope)), dim=-1)  # (B, T, H, D + D/2)
@@ -422,15 +404,12 @@ class MLA(nn.Module):
         q = torch.einsum("btghd,ghdr->btghr", q.unflatten(2, (G, -1)), wk).flatten(2, 3)
         q = torch.cat((q, q_rope), dim=-1)  # (B, T, H, R + D/2)
         k = torch.cat((latent, k_rope.expand(-1, -1, G, -1)), dim=-1)  # (B, S, G, R + D/2)
-        y = attend(q, k, latent, positions.mask, scale=(D + D // 2) ** -0.5)  # (B, T, H, R)
+        y = attend(q, k, latent, common.mask, scale=(D + D // 2) ** -0.5)  # (B, T, H, R)
         y = torch.einsum("btghr,ghdr->btghd", y.unflatten(2, (G, -1)), wv)  # (B, T, G, H/G, D)
         return self.wo(y.flatten(2))
 
 
 ATTENTIONS = {"gqa": GQA, "gta": GTA, "mla": MLA}
-
-# --------------------------------------------------------------------------------------------------
-# To look up: knocks on models that are not ours, and models without their knocks
 
 
 class KnockedLinear(nn.Linear):
@@ -449,31 +428,17 @@ class KnockedLinear(nn.Linear):
             y = torch.cat((before, heads, after), dim=-1)
         return y
 
-    def fold_linear(self) -> nn.Linear:
-        """The nn.Linear that computes the same, for linear knocks: x W T + b T = (x W + b) T."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        plain.weight, plain.bias, plain.training = self.weight, self.bias, self.training
-        for knock, (start, stop) in zip(self.knocks, self.rows, strict=True):
-            plain.weight[start:stop] = absorb(plain.weight[start:stop], knock.t)
-            if plain.bias is not None:
-                plain.bias[start:stop] = absorb(plain.bias[start:stop, None], knock.t)[:, 0]
-        return plain
-
 
 def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=slice(None)) -> dict:
     """Put knocks of `kind` (linear or mlp) on projections of a PyTorch model that is not ours.
 
-    They go to the nn.Linear modules with names that match the fnmatch `pattern`, such as
-    "*.v_proj": one knock for each, shared by its heads of head_dim outputs. Where one nn.Linear
-    makes queries, keys and values, `rows` are the outputs to knock on; for nanoGPT's values
-    slice(2 * n_embd, 3 * n_embd). The knocks are parameters of the model and start as the
-    identity, so its output does not change. Returns each Knock by the name of its projection.
+    These are the nn.Linear with names that match the fnmatch `pattern`, such as "*.v_proj". Each
+    gets one knock, which its heads of head_dim outputs share; with `rows` only these outputs, such
+    as slice(2 * n_embd, 3 * n_embd) for nanoGPT's values. The model's output does not change until
+    they have trained. Returns them by the names of the projections. Raises ValueError if it cannot.
 
     To load such a model: make the base model, call add_knocks as before, then load_state_dict.
     LoRA on a knocked projection adds to what the knock returns: fold first, then merge.
-
-    Raises ValueError, and leaves the model as it is, if nothing matches, or if a match is no plain
-    nn.Linear, knocks already, or does not divide into heads.
     """
     if isinstance(model, Transformer):
         raise ValueError("ours have their knocks by Config: set knock_q, knock_k, knock_v")
@@ -510,11 +475,9 @@ class FoldedGate(nn.Module):
     """What folding leaves of an mlp or gate knock: 2 up * sigmoid(gate), and W^down if W^O did not
     take it. The projection makes up and gate, side by side: (..., 2 * H, D) -> (..., H, D)."""
 
-    kind = "folded"
-
     def __init__(self, head_dim: int, down: Tensor | None):
         super().__init__()
-        self.head_dim = head_dim
+        self.kind, self.head_dim = "folded", head_dim
         self.down = None if down is None else nn.Parameter(down)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -525,77 +488,66 @@ class FoldedGate(nn.Module):
 
 @torch.no_grad()
 def fold(model: nn.Module, value: str | None = None, output: str | None = None) -> nn.Module:
-    """Turn a trained model, in place, into one that computes the same without knocks; returns it.
-
-    Linear knocks vanish into W^Q, W^K, W^V (eq. 8). W^up and W^gate do too, and a `FoldedGate`
+    """Turn a trained model, in place, into one for sampling that computes the same without knocks;
+    returns it. T vanishes into W^Q, W^K, W^V (eq. 8), and so do W^up and W^gate; a `FoldedGate`
     remains. W^down vanishes into W^O where the heads are values and nothing else, because attention
-    is linear in the values: W^O_h' = W^down W^O_h. A folded model is for sampling, not training.
+    is linear in the values. A model that is not ours must say where that is, by the names that the
+    two nn.Linear have side by side, such as value="v_proj" and output="o_proj". Raises ValueError
+    for an MLP knock on a projection with bias or on only a part of its outputs."""
 
-    A model that is not ours must say where that is: by the names that these two nn.Linear have side
-    by side, such as value="v_proj" and output="o_proj". Raises ValueError if W^O is no plain
-    nn.Linear, and for an MLP knock on a projection with bias or on only a part of its outputs.
-    """
     if isinstance(model, Transformer):
         value, output = ("wv", "wo") if model.config.attention == "gqa" else (None, None)
-        kinds = {f"knock_{part}": getattr(model.config, f"knock_{part}") for part in "qkv"}
-        gone = {name: "none" for name, kind in kinds.items() if kind == "linear"}
-        model.config = dataclasses.replace(model.config, **gone)
+        c, places = model.config, ("knock_q", "knock_k", "knock_v")
+        gone = {place: "none" for place in places if getattr(c, place) == "linear"}
+        model.config = dataclasses.replace(c, **gone)
     for name, part in list(model.named_modules()):
         place, _, child = name.rpartition(".")
-        wo = getattr(model.get_submodule(place), output or "", None) if child == value else None
-        if isinstance(part, Heads) and part.knock.kind == "linear":
-            part.weight.copy_(part.knocked_weight(part.weight.dtype))
-            part.knock = Knock("none", part.knock.head_dim)
-        elif isinstance(part, Heads) and part.knock.kind != "none":
-            part.weight, part.knock = fold_gate(part.weight, part.knock, wo)
-        elif isinstance(part, KnockedLinear) and all(k.kind == "linear" for k in part.knocks):
-            model.set_submodule(name, part.fold_linear())
+        if isinstance(part, Heads):
+            knocks, rows, bias = [part.knock], [(0, len(part.weight))], None
         elif isinstance(part, KnockedLinear):
-            if part.bias is not None or part.rows != [(0, part.out_features)]:
-                raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias, or outputs"
-                                 " that do not knock")
-            if child == value and type(wo) is not nn.Linear:
-                raise ValueError(f"{name} has no neighbour {output} that is a plain nn.Linear")
-            part.weight, part.knocks[0] = fold_gate(part.weight, part.knocks[0], wo)
-            part.rows = [(0, len(part.weight))]
+            knocks, rows, bias = part.knocks, part.rows, part.bias
+        else:
+            continue
+        gate = None
+        for knock, (start, stop) in zip(knocks, rows, strict=True):
+            if knock.kind == "linear":
+                part.weight[start:stop] = absorb(part.weight[start:stop], knock.t)
+                if bias is not None:  # (x W + b) T = x W T + b T
+                    bias[start:stop] = absorb(bias[start:stop, None], knock.t)[:, 0]
+            elif knock.kind != "none":
+                if bias is not None or stop - start < len(part.weight):
+                    raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias, or"
+                                     " outputs that do not knock")
+                wo = getattr(model.get_submodule(place), output or "", None)
+                if child == value and type(wo) not in (nn.Linear, Linear):
+                    raise ValueError(f"{name} has no neighbour {output}, a plain nn.Linear")
+                part.weight, gate = fold_gate(part.weight, knock, wo if child == value else None)
+        if isinstance(part, Heads):
+            part.knock = gate or Knock("none", part.knock.head_dim)
+        elif gate:
+            part.knocks, part.rows = nn.ModuleList([gate]), [(0, len(part.weight))]
+        else:
+            plain = nn.Linear(part.in_features, part.out_features, bias=False, device="meta")
+            plain.weight, plain.bias, plain.training = part.weight, part.bias, part.training
+            model.set_submodule(name, plain)
     return model
 
 
-def fold_gate(weight: Tensor, knock: Knock, wo: nn.Module | None):
-    """`fold` of one mlp or gate knock, and its W^down into `wo` if given: the new weight
-    (2 * H * D, n_in) of the projection, and a FoldedGate."""
+def fold_gate(weight: Tensor, knock: Knock, wo: nn.Module | None) -> tuple[Tensor, FoldedGate]:
+    """`fold` of one mlp or gate knock and its projection (H * D, n_in), W^down into `wo` if given:
+    the projection's new weight (2 * H * D, n_in) and what remains of the knock."""
     up = absorb(weight, knock.up) if knock.kind == "mlp" else weight
     weight = nn.Parameter(torch.cat((up, absorb(weight, knock.gate))))
-    if knock.kind == "gate":
-        return weight, FoldedGate(knock.head_dim, None)
-    if wo is None:
-        return weight, FoldedGate(knock.head_dim, knock.down.clone())
-    heads = wo.weight.unflatten(1, (-1, knock.head_dim))  # (n_out, H, D): (W^O_h)^T
-    wo.weight.copy_((heads @ knock.down.mT).flatten(1))
-    return weight, FoldedGate(knock.head_dim, None)
-
-
-def knocks_of(model: nn.Module) -> dict[str, Knock]:
-    """Every knock of a model that does something, by its name, such as blocks.0.attn.wv.knock."""
-    knocks = {name: part for name, part in model.named_modules() if isinstance(part, Knock)}
-    return {name: knock for name, knock in knocks.items() if knock.kind != "none"}
-
-
-@torch.no_grad()
-def randomise_knocks(model: nn.Module) -> None:
-    """The ablation of section 3.3: knocks that start from normal numbers of std 1 / sqrt(D)."""
-    for knock in knocks_of(model).values():
-        for p in knock.parameters():
-            p.normal_(std=knock.head_dim**-0.5)
-
-
-# --------------------------------------------------------------------------------------------------
-# To look up: which shapes can be built, and those that have a name
+    down = knock.down.clone() if knock.kind == "mlp" else None
+    if down is not None and wo is not None:
+        heads = wo.weight.unflatten(1, (-1, knock.head_dim))  # (n_out, H, D): (W^O_h)^T
+        wo.weight.copy_((heads @ down.mT).flatten(1))
+        down = None
+    return weight, FoldedGate(knock.head_dim, down)
 
 
 def check_config(c: Config) -> None:
     """Raises ValueError, in one line, for a shape that cannot be built."""
-    may_be_zero = ("n_expert", "top_k", "kv_rank", "q_rank")
     choices = {"attention": tuple(ATTENTIONS), "knock_init": ("identity", "random")}
     choices |= {f"knock_{part}": tuple(KNOCKS) for part in "qkv"}
     for field in dataclasses.fields(c):
@@ -603,7 +555,7 @@ def check_config(c: Config) -> None:
         allowed = choices.get(field.name, (value,))
         if value not in allowed:
             raise ValueError(f"{field.name} must be one of {', '.join(allowed)}, not {value!r}")
-        zero = value == 0 and field.name in may_be_zero
+        zero = value == 0 and field.name in ("n_expert", "top_k", "kv_rank", "q_rank")
         if field.type in (int, float) and not (0 < value < math.inf or zero):
             raise ValueError(f"{field.name} must be positive, not {value}")
     mla, knocks = c.attention == "mla", {c.knock_q, c.knock_k, c.knock_v}
@@ -611,13 +563,11 @@ def check_config(c: Config) -> None:
         (c.n_head % c.n_kv_head,
          f"n_head must be a multiple of n_kv_head, but {c.n_head} is not one of {c.n_kv_head}"),
         (c.head_dim % 2 or c.rope_dim % 2,
-         f"head_dim must be even (gta, mla: a multiple of 4), because RoPE turns pairs of features,"
-         f" not {c.head_dim}"),
+         f"head_dim must be even (gta, mla: a multiple of 4), as RoPE turns pairs: {c.head_dim}"),
         (c.attention == "gta" and c.knock_k != "none",
          "gta has one state for key and value, which knock_v knocks: leave knock_k none"),
         (mla and knocks - {"none", "linear"},
-         "mla takes linear knocks only, because sampling never makes its keys and values: set"
-         " knock_q, knock_k, knock_v to linear or none"),
+         "mla takes linear knocks only: set knock_q, knock_k, knock_v to linear or none"),
         (mla and (c.kv_rank == 0 or c.kv_rank % c.n_kv_head),
          f"mla needs a kv_rank that is a multiple of n_kv_head, not {c.kv_rank}"),
         (not mla and (c.kv_rank or c.q_rank),
@@ -631,33 +581,28 @@ def check_config(c: Config) -> None:
             raise ValueError(message)
 
 
-# For bytes: 257 tokens, rounded up to a multiple of 64. The paper: the Ling 2.0 tokenizer.
-_bytes = dict(vocab_size=320)
 _paper = dict(vocab_size=157184, head_dim=128, n_head=32, n_kv_head=4, block_size=4096)
-CONFIGS = {
-    # The toy is for two CPU cores, small for studies on one GPU.
-    "toy": dict(_bytes, block_size=256, n_layer=3, n_embd=160, n_head=4, n_kv_head=2, head_dim=32,
-                d_ff=128, n_expert=8, top_k=2),
-    "small": dict(_bytes, n_layer=10, n_embd=512, n_head=12, n_kv_head=4, head_dim=64, d_ff=224,
-                  n_expert=32, top_k=4),
+CONFIGS = {  # toy is for two CPU cores, small for studies on one GPU, both for bytes
+    "toy": dict(vocab_size=320, block_size=256, n_layer=3, n_embd=160, n_head=4, n_kv_head=2,
+                head_dim=32, d_ff=128, n_expert=8, top_k=2),
+    "small": dict(vocab_size=320, n_layer=10, n_embd=512, n_head=12, n_kv_head=4, head_dim=64,
+                  d_ff=224, n_expert=32, top_k=4),
     "gpt2": dict(),  # as large as GPT-2 124M, to compare with nanoGPT
-    # Table 5 of the paper, named after active and total parameters.
+    # Table 5; and of section 4 the main model: the paper prints its sizes, and this shape has them.
     "moe-0.4b-2.3b": dict(_paper, n_layer=12, n_embd=1152, d_ff=768, n_expert=64, top_k=4),
     "moe-0.8b-6.6b": dict(_paper, n_layer=18, n_embd=1536, d_ff=1152, n_expert=64, top_k=4),
     "moe-1.6b-14.6b": dict(_paper, n_layer=23, n_embd=2048, d_ff=1536, n_expert=64, top_k=4),
     "dense-0.6b": dict(_paper, n_layer=24, n_embd=1024, d_ff=3072),
     "dense-1.7b": dict(_paper, n_layer=24, n_embd=2048, d_ff=6144),
     "dense-3.9b": dict(_paper, n_layer=36, n_embd=2560, d_ff=9728),
-    # The main model, section 4. The paper prints its sizes, not its shape; this shape has them.
     "moe-1b-6.1b": dict(_paper, block_size=8192, n_layer=18, n_embd=2048, d_ff=384, n_expert=128,
                         top_k=8),
 }
 
 
 # --------------------------------------------------------------------------------------------------
-# The same, faster: KHA-MLP as one kernel. On a GPU the costs of eq. 9 are not its FLOPs but the
-# passes of the heads through memory. Here a tile of heads stays on the chip: 2 passes forward and
-# 3 backward, instead of about 10 and 22.
+# The same, faster: KHA-MLP as one kernel. A tile of heads stays on the chip, so the heads pass
+# through memory 2 times forward and 3 times backward, instead of about 10 and 22 times.
 
 
 @torch.compiler.assume_constant_result
@@ -691,8 +636,8 @@ if triton:
     @triton.jit
     def mlp_backward_kernel(x_ptr, up_ptr, gate_ptr, down_ptr, dy_ptr, dx_ptr, dw_ptr, n, n_tile,
                             D: tl.constexpr, ROWS: tl.constexpr):
-        """Gradients of eq. 9 by x (n, D) and by the matrices. Each program does n_tile tiles of
-        ROWS heads; it writes their sum for each matrix to a part of dw (programs, 3, D, D)."""
+        """Gradients of eq. 9, by x (n, D) and by the matrices. Each program does n_tile tiles of
+        ROWS heads, and writes its sums for the matrices to its part of dw (programs, 3, D, D)."""
         column = tl.arange(0, D)
         square = column[:, None] * D + column
         w_up, w_gate = tl.load(up_ptr + square), tl.load(gate_ptr + square)
@@ -734,14 +679,16 @@ if triton:
     ) -> tuple[Tensor, Tensor]:
         """Gradients of `fused_mlp`: by x, and by up, gate and down, one tensor (3, D, D)."""
         x, dy, D = x.contiguous(), dy.contiguous(), x.shape[-1]
-        rows, num_warps, programs = (64, 4, 2) if D < 128 else (32, 8, 1)  # the fastest on an H100
+        # The fastest on an H100: rows, warps, programs on a processor, stages of loading.
+        rows, warps, programs, stages = (64, 4, 2, 2) if D < 128 else (16, 8, 1, 3)
+        how = {"num_warps": warps, "num_stages": stages}
         n = x.numel() // D
         programs *= torch.cuda.get_device_properties(x.device).multi_processor_count
         n_tile = triton.cdiv(n, rows * programs)
         programs = triton.cdiv(n, rows * n_tile)
         dx, dw = torch.empty_like(x), x.new_empty(programs, 3, D, D, dtype=torch.float32)
         kernel = torch.library.wrap_triton(mlp_backward_kernel)
-        kernel[(programs,)](x, up, gate, down, dy, dx, dw, n, n_tile, D, rows, num_warps=num_warps)
+        kernel[(programs,)](x, up, gate, down, dy, dx, dw, n, n_tile, D, rows, **how)
         return dx, dw.sum(0).to(x.dtype)
 
     def mlp_gradients(ctx, dy: Tensor) -> tuple[Tensor, ...]:

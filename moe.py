@@ -1,8 +1,9 @@
 """The feed-forward part of a block: a dense SwiGLU, or a mixture of SwiGLU experts.
 
-The mixture is the one the paper trains: sigmoid scores, the top k of score + bias, no shared expert, no dropped
-token. Its bias is moved by loss-free balancing (Wang et al. 2024, arXiv 2408.15664; rule of Su 2025), so no
-auxiliary loss pulls on the model. Read `MoE.forward` from top to bottom: route, sort, two grouped matmuls, un-sort.
+The mixture is the one that the paper trains: sigmoid scores, the top k of score + bias, no shared
+expert, no dropped token. Loss-free balancing moves the bias (Wang et al. 2024, arXiv 2408.15664;
+rule of Su 2025), so no auxiliary loss pulls on the model. Read `MoE.forward` from top to bottom:
+route, sort, two grouped matmuls, un-sort. The letters of shapes are those of kha.py.
 """
 
 import math
@@ -15,7 +16,7 @@ BALANCE_RULES = ("rms", "sign")
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
-    """x in float32, or unchanged if it is wider: for the few places where bfloat16 is too coarse."""
+    """x in float32, or unchanged if it is wider. Some places need more than bfloat16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -38,9 +39,13 @@ class SwiGLU(nn.Module):
 
 
 def largest(x: torch.Tensor, k: int) -> torch.Tensor:
-    """Where the k largest of each row are, largest first: (N, E) -> (N, k). Compiled, it is one kernel with what is around
-    it; topk would be a kernel of its own, and slower, and a sort takes longer to compile."""
-    columns, indices = torch.arange(x.shape[-1], device=x.device), []
+    """The columns of the k largest numbers of each row, largest first: (N, E) -> (N, k).
+
+    Compiled, this becomes one kernel with the operations around it. topk is a kernel of its own and
+    slower; a sort takes longer to compile.
+    """
+    columns = torch.arange(x.shape[-1], device=x.device)
+    indices = []
     for _ in range(k):
         indices.append(x.argmax(-1, keepdim=True))  # (N, 1)
         x = x.masked_fill(columns == indices[-1], -math.inf)
@@ -48,8 +53,8 @@ def largest(x: torch.Tensor, k: int) -> torch.Tensor:
 
 
 class Permute(torch.autograd.Function):
-    """Rows in another order, x[order]. The gradient of a permutation is a gather by its inverse; autograd cannot
-    know that and would scatter with atomic adds, which is slower and not deterministic."""
+    """Rows in another order, x[order]. The gradient of a permutation is a gather by its inverse.
+    Autograd cannot know that: it would scatter with atomic adds, slower and not deterministic."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
@@ -63,10 +68,12 @@ class Permute(torch.autograd.Function):
 
 
 class MoE(nn.Module):
-    """Mixture of n_expert SwiGLU experts of width d_ff, top_k of them per token: (..., n_embd) -> (..., n_embd).
+    """Mixture of n_expert SwiGLU experts of width d_ff, top_k of them per token: (..., C) -> same.
 
-    Buffers: `bias` (n_expert,), added to the scores for the choice only; `load` (n_expert,), the tokens each expert
-    was given in training mode since the last `balance` (twice, if the backward pass computes anew).
+    Buffers: `bias` (E,) is added to the scores when experts are chosen, and nowhere else. `load`
+    (E,) counts the tokens of each expert in training mode since the last `balance`. Where
+    activations are computed again in the backward pass it counts them twice, which changes nothing:
+    `balance` looks at shares only.
     """
 
     def __init__(self, n_embd: int, d_ff: int, n_expert: int, top_k: int):
@@ -75,14 +82,15 @@ class MoE(nn.Module):
         self.router = nn.Parameter(torch.empty(n_expert, n_embd))
         self.experts_up = nn.Parameter(torch.empty(n_expert, n_embd, 2 * d_ff))
         self.experts_down = nn.Parameter(torch.empty(n_expert, d_ff, n_embd))
+        # float32 whatever the default is: a step of the bias is too fine for bfloat16
         self.register_buffer("bias", torch.zeros(n_expert, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(n_expert, dtype=torch.float32))
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The experts of each token and their weights: x (N, n_embd) -> (N, top_k) indices, (N, top_k) weights.
+        """The experts of each token and their weights: x (N, C) -> (N, K) indices, (N, K) weights.
 
-        The bias decides who is chosen, never how much the chosen count: weights are the plain sigmoid scores,
-        normalised over the chosen.
+        The bias decides which experts are chosen, never how much they count: the weights are the
+        plain sigmoid scores, normalised over the chosen experts.
         """
         scores = F.linear(upcast(x), upcast(self.router)).sigmoid()  # (N, E)
         chosen = largest(scores.detach() + self.bias, self.top_k)  # (N, K)
@@ -93,41 +101,47 @@ class MoE(nn.Module):
         shape = x.shape
         x = x.reshape(-1, shape[-1])  # (N, C)
         chosen, weights = self.route(x)
-        if not self.training and chosen.numel() < self.n_expert:  # few tokens: read the weights of their experts only
+        if not self.training and chosen.numel() < self.n_expert:
+            # Sampling: not all experts are needed, so read the weights of the chosen ones only.
             h = x[:, None, None] @ self.experts_up[chosen].to(x.dtype)  # (N, K, 1, 2F)
-            h = (swiglu(h) * weights[..., None, None]).to(x.dtype)
+            h = (swiglu(h) * weights[..., None, None]).to(x.dtype)  # (N, K, 1, F)
             return (h @ self.experts_down[chosen].to(x.dtype)).sum(1).view(shape)
 
-        # Slot n*K + j is choice j of token n. Sorted by expert, each expert's slots are neighbours: one grouped
-        # matmul runs them all, with no capacity and so no dropped token.
-        expert, order = chosen.flatten().to(torch.int16).sort(stable=True)  # (N*K,); short keys sort faster
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        experts = torch.arange(self.n_expert, dtype=expert.dtype, device=x.device)
-        ends = torch.searchsorted(expert, experts, right=True)  # (E,)
+        # Slot n*K + j is choice j of token n. Sorted by expert, the slots of an expert are
+        # neighbours: one grouped matmul runs all experts, without a capacity, and drops no token.
+        # int16 sorts faster than int64.
+        sorted_expert, order = chosen.flatten().to(torch.int16).sort(stable=True)  # (N*K,)
+        slots = torch.arange(len(order), device=x.device)
+        inverse = torch.empty_like(order).scatter_(0, order, slots)
+        experts = torch.arange(self.n_expert, dtype=sorted_expert.dtype, device=x.device)
+        ends = torch.searchsorted(sorted_expert, experts, right=True)  # (E,): where each one ends
         if self.training:
             self.load.add_(ends.diff(prepend=ends.new_zeros(1)))
 
-        slots = x[:, None].expand(-1, self.top_k, -1).reshape(-1, shape[-1])  # (N*K, C)
-        h = Permute.apply(slots, order, inverse)
+        h = x[:, None].expand(-1, self.top_k, -1).reshape(-1, shape[-1])  # (N*K, C)
+        h = Permute.apply(h, order, inverse)
         ends = ends.to(torch.int32)
         h = swiglu(F.grouped_mm(h, self.experts_up.to(x.dtype), offs=ends))  # (N*K, F)
-        # Weighed here, and not at the end, since here is less to weigh, and the backward pass need not know what comes.
+        # The weights come in here and not at the end: F is smaller than C.
         h = (h * Permute.apply(weights.flatten(), order, inverse)[:, None]).to(x.dtype)
         h = F.grouped_mm(h, self.experts_down.to(x.dtype), offs=ends)  # (N*K, C)
         h = Permute.apply(h, inverse, order).view(-1, self.top_k, shape[-1])  # (N, K, C)
         return h.sum(1).view(shape)
 
     @torch.no_grad()
-    def balance(self, rate: float, rule: str) -> None:
-        """Move the bias against the load since the last call, and start counting anew.
+    def balance(self, rate: float | torch.Tensor, rule: str) -> None:
+        """Move the bias against the load since the last call, and start to count again.
 
-        With F the share of the load each expert had and Q = 1/n_expert: rule "rms" (Su 2025) is
-        b <- b - rate * (F - Q) / RMS(F - Q), rule "sign" (Wang et al. 2024) is b <- b - rate * sign(F - Q).
+        F is the share of the load that each expert had, and Q = 1/n_expert. Rule "rms" (Su 2025) is
+        b <- b - rate * (F - Q) / RMS(F - Q), rule "sign" (Wang et al. 2024) is
+        b <- b - rate * sign(F - Q). Raises ValueError for another rule.
         """
-        error = self.load - self.load.mean()  # F - Q in tokens: both rules are free of the scale
+        if rule not in BALANCE_RULES:
+            raise ValueError(f"balance must be one of {', '.join(BALANCE_RULES)}, not {rule!r}")
+        error = self.load - self.load.mean()  # in proportion to F - Q: both rules cancel the scale
         if rule == "sign":
             step = error.sign()
-        else:  # an even load has RMS 0 and asks for no step
+        else:  # an even load has RMS 0 and moves nothing
             step = error / error.square().mean().sqrt().clamp_min(torch.finfo(error.dtype).tiny)
         self.bias -= rate * step
         self.load.zero_()

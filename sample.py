@@ -8,10 +8,14 @@ prepared data instead, with --export_hf it writes the model for transformers.
 import argparse
 import codecs
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
+
+# Threads must not spin while they wait: a second job on the machine would take their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import tiktoken
@@ -23,7 +27,7 @@ from data.checkpoint import load_checkpoint
 from data.hf import export_hf
 from data.script import parse_args, run_script
 from data.tokens import check_tokenizer, load_meta, load_tokenizer, open_tokens, sequences
-from kha import Positions, Transformer, fold
+from kha import Common, Transformer, fold
 
 
 def pick_device(name: str) -> str:
@@ -50,8 +54,8 @@ class LayerCache:
     def __init__(self, length: int):
         self.length, self.buffers = length, []
 
-    def update(self, positions: Positions, *new: Tensor) -> Iterable[Tensor]:
-        """Store `new` (B, T, ...) at the positions; returns what these tokens attend to (B, S, ...).
+    def update(self, common: Common, *new: Tensor) -> Iterable[Tensor]:
+        """Store `new` (B, T, ...) at the positions; returns what these tokens attend to (B, S, ..).
 
         At the start of a text that is `new` itself (S = T), later the whole buffers (S = length).
         Shapes never change after the start, and the positions are on the device: so a CUDA graph of
@@ -60,8 +64,8 @@ class LayerCache:
         if not self.buffers:
             self.buffers = [x.new_zeros(len(x), self.length, *x.shape[2:]) for x in new]
         for buffer, x in zip(self.buffers, new, strict=True):
-            buffer.index_copy_(1, positions.index, x)
-        return new if positions.mask is None else self.buffers
+            buffer.index_copy_(1, common.position, x)
+        return new if common.mask is None else self.buffers
 
 
 class Cache:
@@ -197,13 +201,13 @@ def generate(
     logits = read(start)  # (1, V)
     cache.repeat(n_samples)
     tokens = draw(logits.repeat(n_samples, 1))  # (B,)
-    index = torch.tensor([used], device=device)
+    position = torch.tensor([used], device=device)
 
     def step() -> None:
-        texts.index_copy_(1, index, tokens[:, None])
-        logits = model(tokens[:, None], index=index, cache=cache)[:, -1, :n_vocab]  # (B, V)
+        texts.index_copy_(1, position, tokens[:, None])
+        logits = model(tokens[:, None], position=position, cache=cache)[:, -1, :n_vocab]  # (B, V)
         tokens.copy_(draw(logits))
-        index.add_(1)
+        position.add_(1)
 
     ended = [False] * n_samples
     on_gpu = device.type == "cuda"
@@ -217,7 +221,7 @@ def generate(
                 start = torch.cat((texts[:, length - used + 1 :], tokens[:, None]), dim=1)
                 texts[:, :used] = start
                 tokens.copy_(draw(read(start)))
-                index.fill_(used)
+                position.fill_(used)
             else:
                 if i == 1 and can_capture(model):
                     step = capture(step, generator)
@@ -257,8 +261,9 @@ def compile_steps(model: Transformer, n_samples: int) -> None:
         "combo_kernels": dense,
         "triton.cooperative_reductions": dense and n_samples == 1,
     }
-    for part in (*model.blocks, model.head):
-        part.compile(dynamic=False, options=options)
+    for block in model.blocks:
+        block.compile(dynamic=False, options=options)
+    model.logits = torch.compile(model.logits, dynamic=False, options=options)
 
 
 def token_bytes(tokenizer: tiktoken.Encoding, token: int) -> bytes:

@@ -18,8 +18,11 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+
+# Threads must not spin while they wait: a second job on the machine would take their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +32,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import checkpoint as files
 from data.figures import advice_on_memory, knock_movement
-from data.hf import import_hf
+from data.hf import start_from_hf
 from data.log import Log
 from data.loss import chunked_loss
-from data.prepare import prepare
+from data.prepare import DEFAULT_DATA, find_data
 from data.processes import (
     join_processes,
     leave_processes,
@@ -48,9 +51,8 @@ from data.tokens import (
     load_tokenizer,
     open_tokens,
     tokenizer_for_checkpoint,
-    verify_tokens,
 )
-from kha import CONFIGS, Config, Transformer, init_weights, randomise_knocks
+from kha import CONFIGS, Config, Transformer, init_weights
 from moe import BALANCE_RULES
 from sample import (
     bits_per_byte,
@@ -62,7 +64,7 @@ from sample import (
     write_samples,
 )  # fmt: skip
 
-DEFAULT_DATA = "data/stdlib"
+MAY_BE_ZERO = ("seed", "weight_decay", "balance_rate", "save_every", "sample_tokens")
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,9 @@ class TrainConfig:
     balance_rate: float = 1e-3  # its step
     eval_every: int = 250  # steps between evaluations
     eval_tokens: int = 262144  # of the held-out data
-    save_every: int = 250  # steps between checkpoints; the last two and the best are kept
-    prompt: str = "def "  # of the sample at the end
+    save_every: int = 250  # steps between checkpoints, of which two and the best stay; 0 for none
+    sample_tokens: int = 200  # length of the sample at the end; 0 for none
+    prompt: str = "def "  # of the sample
     parallel: str = "ddp"  # under torchrun: ddp, a model in each process, or fsdp, parts of one
     recompute: bool = False  # compute activations again in the backward pass: less memory, slower
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -95,13 +98,11 @@ class TrainConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            zero = value == 0 and field.name in ("seed", "weight_decay", "balance_rate")
+            zero = value == 0 and field.name in MAY_BE_ZERO
             if field.type in (int, float) and not (0 < value < math.inf or zero):
                 raise ValueError(f"{field.name} must be positive, not {value}")
         if max(self.beta1, self.beta2) >= 1:
-            raise ValueError(
-                f"beta1 and beta2 must be under 1, not {self.beta1} and {self.beta2}"
-            )
+            raise ValueError(f"beta1 and beta2 must be under 1, not {self.beta1} and {self.beta2}")
         for name, choices in (("balance", BALANCE_RULES), ("parallel", ("ddp", "fsdp"))):
             value = getattr(self, name)
             if value not in choices:
@@ -162,9 +163,11 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
         warn_of_a_jump(before, train, checkpoint["step"])
         return Config(**checkpoint["config"]), train, checkpoint
     if settings.get("init"):
-        model = import_hf(settings["init"], **shape)
-        start = {"step": 0, "tokenizer": os.path.join(settings["init"], "tokenizer.json")}
-        return model.config, TrainConfig(**settings), {"model": model.state_dict(), **start}
+        if os.path.exists(os.path.join(settings["init"], "config.json")):
+            config, checkpoint = start_from_hf(settings["init"], shape)
+        else:
+            config, checkpoint = files.start_from(settings["init"], shape)
+        return config, TrainConfig(**settings), checkpoint
     return Config(**{**CONFIGS[name], **shape}), TrainConfig(**settings), None
 
 
@@ -237,8 +240,11 @@ def graphed(step: Callable[[Tensor], Tensor], micros: Tensor) -> Callable[[Tenso
     return run
 
 
-def to_cpu(numbers: Tensor) -> Callable[[], list[float]]:
-    """Copy numbers to the CPU. The call returned waits for them, but not for later work."""
+def to_cpu(numbers: Tensor, came: bool) -> Callable[[], list[float]]:
+    """Copy numbers to the CPU, and one more: above 0 if a signal came to any process. The call that
+    this returns waits for them, but not for later work."""
+    came = sum_over_processes(torch.full((1,), float(came), device=numbers.device))
+    numbers = torch.cat((numbers, came))
     copy = numbers.to("cpu", non_blocking=True)
     if not numbers.is_cuda:
         return copy.tolist
@@ -252,8 +258,7 @@ def to_cpu(numbers: Tensor) -> Callable[[], list[float]]:
 
 
 def lr_at(step: int, train: TrainConfig) -> float:
-    """Learning rate of update `step` (from 0): 5% linear warm-up to the peak, then a cosine to 10%
-    of it."""
+    """Learning rate of update `step` (from 0): 5% linear warm-up, then a cosine to a tenth."""
     warmup = max(1, train.steps // 20)
     if step < warmup:
         return train.lr * (step + 1) / warmup
@@ -300,15 +305,13 @@ def build_model(
     torch.manual_seed(train.seed)
     with torch.device("meta"):
         model = Transformer(config, dtype, train.recompute, chunked_loss(compiles))
-    for part in (model.embed, *model.blocks, model.head):
+    for part in (model.embed, *model.blocks, model.norm):
         init_weights(part.to_empty(device=device), config)
-        if part not in (model.embed, model.head):
+        if part not in (model.embed, model.norm):
             if compiles:  # one compiled block serves all: a minute less than the whole model
                 part.compile()
             if shard:
                 fully_shard(part, mp_policy=policy)
-    if config.knock_init == "random":
-        randomise_knocks(model)
     if shard:
         return model, fully_shard(model, mp_policy=policy)
     if n_process > 1:
@@ -337,6 +340,8 @@ def check_run(
                          " that all machines share")
     meta, unit = load_meta(data), T * micro * n_process
     data_hash = meta["train"]["sha256"]
+    if checkpoint:
+        check_tokenizer(data, load_tokenizer(checkpoint["tokenizer"]))
     if train.batch_tokens % unit:
         each, rest = divmod(train.batch_tokens, T * n_process)  # sequences of a process
         fits = [n for n in range(min(micro, each), 0, -1) if not rest and each % n == 0]
@@ -355,10 +360,8 @@ def check_run(
         if (n := meta[split]["tokens"]) <= T:
             raise ValueError(
                 f"{data} ({split}) has {n} tokens, fewer than one sequence of {T} + 1: prepare"
-                f" more text, or add --block_size {2 ** ((n - 1).bit_length() - 1)}"
+                f" more text, or train with --block_size {n - 1} or less"
             )
-    if checkpoint:
-        check_tokenizer(data, load_tokenizer(checkpoint["tokenizer"]))
     if start > train.steps:
         raise ValueError(f"the run in {train.out} has done {start} steps: give more than --steps"
                          f" {train.steps}")
@@ -373,24 +376,21 @@ def main(argv: list[str]) -> None:
     config, train, checkpoint = parse_config(argv)
     device = pick_device(train.device)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        if train.data == DEFAULT_DATA and not os.path.exists(train.data):
-            prepare([], train.data)
-        verify_tokens(train.data)
+        find_data(train.data)
     rank, n_process, device = join_processes(device)
-    start, T = checkpoint["step"] if checkpoint else 0, config.block_size
     meta = check_run(config, train, checkpoint, device)
-    tokens, held_out = open_tokens(train.data, "train"), open_tokens(train.data, "val")
+    start, T = checkpoint["step"] if checkpoint else 0, config.block_size
+    tokens = open_tokens(train.data, "train")
+    held_out = open_tokens(train.data, "val")[: train.eval_tokens + 1]
     tokenizer = load_tokenizer(meta["tokenizer"])
     model, parallel = build_model(config, train, device, n_process)
     optimizer = make_optimizer(model, train)
     if checkpoint:
         files.restore(model, optimizer, checkpoint)
         checkpoint = None  # its file is mapped into memory, and would stay on the disk if removed
-    log, saver = Log(train.out, start, writes=rank == 0), files.Saver(train.out)
-    settings = {
-        "config": dataclasses.asdict(config), "train": dataclasses.asdict(train),
-        "tokenizer": meta["tokenizer"], "data": meta["train"]["sha256"],
-    }  # fmt: skip
+    log = Log(train.out, start, writes=rank == 0)
+    settings = {"config": asdict(config), "train": asdict(train)}
+    settings |= {"tokenizer": meta["tokenizer"], "data": meta["train"]["sha256"]}
     log.begin(model, settings, device, n_process, start)
 
     def draw(step: int) -> Tensor:
@@ -403,7 +403,8 @@ def main(argv: list[str]) -> None:
     ahead = 1 if device.startswith("cuda") else 0  # updates that a GPU has waiting
     waiting, stopping = deque(), False
     model.train()
-    with Signals() as signals, advice_on_memory(config, train, n_process):
+    saver = files.Saver(train.out, start)
+    with Signals() as signals, advice_on_memory(config, train, n_process), saver:
         micros = draw(start)
         can_graph = n_process == 1 and len(micros) == 1 and can_capture(model)
         for step in range(start, train.steps):
@@ -413,43 +414,42 @@ def main(argv: list[str]) -> None:
             if can_graph and step == start + 1:
                 step_once = graphed(step_once, micros)
             numbers = step_once(micros)
-            came = sum_over_processes(torch.full((1,), float(signals.came), device=device))
-            waiting.append((done, lr, to_cpu(torch.cat((numbers, came)))))
+            waiting.append((done, lr, to_cpu(numbers, signals.came)))
             micros = draw(done)  # while the device computes
 
-            evaluates, saves = last or done % train.eval_every == 0, done % train.save_every == 0
+            evaluates = last or done % train.eval_every == 0
+            saves = train.save_every and (last or done % train.save_every == 0)
             while len(waiting) > (0 if evaluates or saves or stopping else ahead):
                 finite, stopping = log.update(*waiting.popleft())
-            val_loss, best = None, False
+            val_loss = None
             if evaluates:
-                text = held_out[: train.eval_tokens + 1]
-                part = evaluate(parallel, text, T, train.micro_batch, device, rank, n_process)
+                part = evaluate(parallel, held_out, T, train.micro_batch, device, rank, n_process)
                 val_loss = sum_over_processes(part).item()
                 val_bpb = bits_per_byte(val_loss, meta["val"])
-                best = log.evaluation(done, val_loss, val_bpb, knock_movement(model))
+                log.evaluation(done, val_loss, val_bpb, knock_movement(model))
             # Not while updates are left out: if the weights are at fault, older ones must stay.
-            if saves and finite or last or stopping:
+            if saves and (finite or last) or stopping:
                 state = {**settings, "format": files.FORMAT, "step": done, "val_loss": val_loss}
                 state |= {"tokenizer": tokenizer_for_checkpoint(tokenizer)}
                 state |= files.collect(model, optimizer)
                 if rank == 0:
                     log.sync()  # no checkpoint on the disk without the log up to it
-                    saver.save(state, best)
+                    saver.save(state)
             if evaluates or saves:
                 log.restart_clock()
             if stopping:
                 break
-        saver.wait()
     log.close()
     if stopping and not last:
         log.say(f"stopped by a signal and saved after step {done} of {train.steps}:"
                 " --resume goes on")
-    else:
-        if start == train.steps:
-            log.say(f"nothing to train: all {start} steps are done (give more --steps)")
+    elif start == train.steps:
+        log.say(f"nothing to train: all {start} steps are done (give more --steps)")
+    if train.sample_tokens and (not stopping or last):
         torch.compiler.set_stance("force_eager")  # each length would be compiled for itself
+        options = {"max_new_tokens": train.sample_tokens}
         with nullcontext() if rank == 0 else redirect_stdout(None):
-            write_samples(model.eval(), tokenizer, train.prompt)
+            write_samples(model.eval(), tokenizer, train.prompt, **options)
     leave_processes()
 
 

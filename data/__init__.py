@@ -1,1 +1,1 @@
-"""All that a run reads and writes: text, tokens, checkpoints, logs, and the models of other projects."""
+"""What stands behind the scripts: text, tokens, checkpoints, logs, models of other projects."""

@@ -16,6 +16,7 @@ those that were saved right after an evaluation. A checkpoint is a dictionary:
 
 import errno
 import glob
+import math
 import os
 import pickle
 import shutil
@@ -59,7 +60,8 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
 
     Of the optimizer's state only the moments are taken, not its settings.
     """
-    options = sharded.StateDictOptions(full_state_dict=True)
+    # What a new run starts from may lack knocks: then these keep their own start.
+    options = sharded.StateDictOptions(full_state_dict=True, strict=checkpoint["step"] > 0)
     sharded.set_model_state_dict(model, checkpoint["model"], options=options)
     if "optimizer" not in checkpoint:
         return
@@ -70,23 +72,30 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
 
 
 class Saver:
-    """Writes checkpoints in a thread, while training goes on."""
+    """Writes a run's checkpoints in a thread, while training goes on. As a context it ends when all
+    is on the disk. `start` is the step after which the run goes on, 0 for a new run."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, start: int):
         self.folder, self.thread, self.error = folder, None, None
+        self.best = None if start else math.inf  # held-out loss of best.pt; None: not yet read
 
-    def save(self, checkpoint: dict, best: bool) -> None:
-        """Start `save_checkpoint`. Waits for the one before; raises its OSError if it failed."""
+    def save(self, checkpoint: dict) -> None:
+        """Start to write a checkpoint. Waits for the one before; raises its error if it failed."""
         self.wait()
-
-        def run():
-            try:
-                save_checkpoint(self.folder, checkpoint, best)
-            except OSError as error:
-                self.error = error
-
-        self.thread = threading.Thread(target=run)
+        self.thread = threading.Thread(target=self.write, args=(checkpoint,))
         self.thread.start()
+
+    def write(self, checkpoint: dict) -> None:
+        """What the thread does: `save_checkpoint`, as best.pt too if no held-out loss is lower."""
+        try:
+            loss = checkpoint["val_loss"]
+            if loss is not None and self.best is None:
+                self.best = best_loss(self.folder)
+            best = loss is not None and loss < self.best
+            save_checkpoint(self.folder, checkpoint, best)
+            self.best = loss if best else self.best
+        except Exception as error:
+            self.error = error
 
     def wait(self) -> None:
         """Wait until all is on the disk. Raises OSError if a checkpoint could not be written."""
@@ -95,6 +104,15 @@ class Saver:
         self.thread, error, self.error = None, self.error, None
         if error:
             raise error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error: type | None, *_) -> None:
+        if error is None:
+            self.wait()
+        elif self.thread:  # that error is the one to show
+            self.thread.join()
 
 
 def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
@@ -143,6 +161,17 @@ def keep_as_best(folder: str, path: str) -> None:
     except OSError:
         shutil.copyfile(path, second)
     os.replace(second, os.path.join(folder, "best.pt"))
+
+
+def best_loss(folder: str) -> float:
+    """The held-out loss of best.pt, infinite if there is none. Says so if it is damaged."""
+    try:
+        return read_checkpoint(os.path.join(folder, "best.pt"))["val_loss"]
+    except FileNotFoundError:
+        return math.inf
+    except ValueError as error:
+        print(f"train.py: warning: {error}: the next checkpoint replaces it", file=sys.stderr)
+        return math.inf
 
 
 def list_checkpoints(folder: str) -> list[str]:
@@ -202,12 +231,9 @@ class FormatError(ValueError):
     """A checkpoint of another version of the project."""
 
 
-def load_checkpoint(path: str, device: str = "cpu") -> tuple[Transformer, dict]:
-    """The model in a checkpoint, in evaluation mode, and all else that the checkpoint holds.
-
-    `path` names a file, or a run's folder: then best.pt in it, or if there is none the newest.
-    Raises FileNotFoundError if there is none, ValueError if it is damaged.
-    """
+def find_checkpoint(path: str) -> str:
+    """The file that `path` names: itself, or of a run's folder best.pt, or if there is none the
+    newest. Raises FileNotFoundError if there is none."""
     if os.path.isdir(path):
         candidates = [os.path.join(path, "best.pt"), *list_checkpoints(path)]
         path = next((file for file in candidates if os.path.isfile(file)), path)
@@ -215,6 +241,35 @@ def load_checkpoint(path: str, device: str = "cpu") -> tuple[Transformer, dict]:
         raise FileNotFoundError(
             f"no checkpoint at {path}: train one with train.py, or name another"
         )
+    return path
+
+
+def start_from(path: str, changes: dict) -> tuple[Config, dict]:
+    """The Config of a new run and the checkpoint that it starts from, with the weights at `path` (a
+    file or a run's folder). `changes` are fields of the Config; new knocks are left to their start.
+
+    Raises ValueError if the weights do not fit these changes, and what read_checkpoint raises.
+    """
+    saved = read_checkpoint(find_checkpoint(path))
+    config, weights = Config(**{**saved["config"], **changes}), saved["model"]
+    with torch.device("meta"):
+        wanted = Transformer(config).state_dict()
+    for name in {**wanted, **weights}:
+        new, old = wanted.get(name), weights.get(name)
+        is_new_knock = old is None and ".knock." in name
+        if not is_new_knock and (new is None or old is None or new.shape != old.shape):
+            given = ", ".join(f"--{field} {value}" for field, value in changes.items())
+            raise ValueError(
+                f"the weights of {path} do not fit a model with {given or 'its own config'}"
+                f" ({name} differs): leave out what changes their shapes"
+            )
+    return config, {"model": weights, "step": 0, "tokenizer": saved["tokenizer"]}
+
+
+def load_checkpoint(path: str, device: str = "cpu") -> tuple[Transformer, dict]:
+    """The model in a checkpoint, in evaluation mode, and all else that the checkpoint holds, with
+    its "path". Raises FileNotFoundError if there is none, ValueError if it is damaged."""
+    path = find_checkpoint(path)
     checkpoint = read_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(Config(**checkpoint["config"]))

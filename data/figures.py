@@ -3,8 +3,9 @@
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
-from kha import Config, Heads, Transformer, knocks_of
+from kha import Config, Heads, Knock, Transformer
 
 # Peak dense bfloat16 FLOP/s by the vendor's datasheet, the denominator of MFU.
 PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "NVIDIA A100": 312e12}
@@ -13,6 +14,12 @@ PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "NVIDIA A100": 312e12}
 def of_gpu(table: dict[str, float], gpu: str) -> float | None:
     """The number of the first entry with a key that is part of a GPU's name; None without one."""
     return next((number for key, number in table.items() if key in gpu), None)
+
+
+def knocks_of(model: nn.Module) -> dict[str, Knock]:
+    """Every knock of a model that does something, by its name, such as blocks.0.attn.wv.knock."""
+    knocks = {name: part for name, part in model.named_modules() if isinstance(part, Knock)}
+    return {name: knock for name, knock in knocks.items() if knock.kind != "none"}
 
 
 @torch.no_grad()

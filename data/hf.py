@@ -22,8 +22,10 @@ import tiktoken
 import torch
 from torch import nn
 
+from data.figures import knocks_of
 from data.tokenizer_json import END, to_json
-from kha import Config, Transformer, fold, init_weights, knocks_of
+from data.tokens import TOKENIZER_FILE
+from kha import Config, Transformer, fold, init_weights
 
 HF_SIZES = {  # field of Config -> key of config.json
     "vocab_size": "vocab_size",
@@ -47,10 +49,7 @@ def gated_knocks(config: Config) -> dict[str, str]:
 def hf_names(config: Config) -> dict[str, list[str]]:
     """Our name of each weight of a folded model -> theirs. Several of theirs are the rows of ours,
     one below the other; an expert's weight is transposed first."""
-    names = {
-        "embed.weight": ["model.embed_tokens.weight"],
-        "head.norm.weight": ["model.norm.weight"],
-    }
+    names = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
     layer = {
         "attn_norm.weight": ["input_layernorm.weight"],
         "ffn_norm.weight": ["post_attention_layernorm.weight"],
@@ -193,7 +192,7 @@ def export_texts(model: Transformer, tokenizer: tiktoken.Encoding) -> dict[str, 
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END,
                 "model_max_length": c.block_size, "clean_up_tokenization_spaces": False}
     texts["config.json"] = json.dumps(config, indent=2) + "\n"
-    texts["tokenizer.json"] = to_json(tokenizer)
+    texts[TOKENIZER_FILE] = to_json(tokenizer)
     texts["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
     return texts
 
@@ -254,6 +253,14 @@ def import_hf(folder: str, **changes) -> Transformer:
     for knock in knocks.values():
         init_weights(nn.ModuleDict({"knock": knock}), config)
     return model
+
+
+def start_from_hf(folder: str, changes: dict) -> tuple[Config, dict]:
+    """The Config of a new run and the checkpoint that it starts from, with the weights and the
+    tokenizer of a Qwen3 folder. Raises what import_hf raises."""
+    model = import_hf(folder, **changes)
+    start = {"step": 0, "tokenizer": os.path.join(folder, TOKENIZER_FILE)}
+    return model.config, {"model": model.state_dict(), **start}
 
 
 def check_head(folder: str, weights: dict[str, torch.Tensor], tied: bool) -> None:

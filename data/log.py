@@ -45,7 +45,7 @@ class Log:
     `spikes` counts the losses that are more than SPIKE deviations above the median of the up to 100
     losses before, from the 21st loss on. A deviation is 1.4826 times the median absolute deviation.
     `skipped` counts the updates that were left out because loss or gradient was not finite, and
-    `skipped_in_a_row` the latest of these. `best` is the lowest held-out loss.
+    `skipped_in_a_row` the latest of these.
     """
 
     def __init__(self, out: str, last_step: int, writes: bool = True):
@@ -57,7 +57,7 @@ class Log:
         path = os.path.join(out, "log.jsonl")
         self.losses = deque(maxlen=100)
         self.spikes = self.skipped = self.skipped_in_a_row = 0
-        self.best, self.settings, self.file = math.inf, None, None
+        self.settings, self.file = None, None
         kept = self.read(path, last_step) if last_step and os.path.exists(path) else 0
         if not writes:
             return
@@ -86,7 +86,6 @@ class Log:
                         break
                     if "loss" in record:
                         self.take(float(record["loss"]), record["spikes"], record["skipped"])
-                    self.best = min(self.best, float(record.get("val_loss", math.inf)))
                     self.settings = record if "config" in record else self.settings
                     reached, kept = record["step"], kept + len(line)
                 except (ValueError, TypeError, KeyError):
@@ -180,15 +179,12 @@ class Log:
         if self.file:
             self.progress.bar.write(text)
 
-    def evaluation(self, step: int, val_loss: float, val_bpb: float, knocks: dict) -> bool:
-        """Log an evaluation. Returns whether its loss is the lowest so far."""
+    def evaluation(self, step: int, val_loss: float, val_bpb: float, knocks: dict) -> None:
+        """Log an evaluation."""
         self.write(step=step, val_loss=val_loss, val_bpb=val_bpb, knocks=knocks)
         self.say(
             f"step {step}: held-out loss {val_loss:.4f} nats per token, {val_bpb:.4f} bits per byte"
         )
-        best = val_loss < self.best
-        self.best = min(self.best, val_loss)
-        return best
 
     def sync(self) -> None:
         """Bring what was written to the disk."""

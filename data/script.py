@@ -1,4 +1,4 @@
-"""The command line of the scripts prepare.py, train.py and sample.py: options, and errors of one line."""
+"""What the scripts share: options, errors of one line, signals."""
 
 import argparse
 import dataclasses
@@ -14,12 +14,16 @@ from typing import NoReturn
 
 
 def run_script(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run `main(argv)` and exit: bad input (ValueError, OSError) is one line on stderr and exit code 2."""
+    """Run `main(argv)` and exit. Bad input (ValueError, OSError) is one line on stderr, code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # Text that the terminal cannot show must not end a run. A log shows each line at once.
+        stream.reconfigure(errors="replace", line_buffering=True)
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        # Python flushes once more at its end, and must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
@@ -33,14 +37,15 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Parse `argv`; anything wrong with it is a one-line ValueError, which names the nearest known option."""
+    """Parse `argv`. Anything wrong with it is a ValueError of one line, which names the nearest
+    known option."""
 
     def fail(message: str) -> NoReturn:
         raise ValueError(message)
 
     parser.error = fail  # argparse's own prints the usage and exits
     options = [name for action in parser._actions for name in action.option_strings]
-    # looked for first: argparse would rather complain about the word after an unknown option
+    # This comes first: argparse would rather complain about the word after an unknown option.
     for word in argv[: argv.index("--")] if "--" in argv else argv:
         option = word.split("=")[0]
         if re.fullmatch(r"--?[a-zA-Z]\S*", option) and option not in options:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 import torch
+from tqdm import tqdm
 
 from data.script import nearest
 from data.tokenizer_json import END, PIECES, JsonTokenizer
@@ -42,6 +44,7 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
         known = f"choose from {', '.join(TOKENIZERS)}, or give the path of a tokenizer.json"
         raise ValueError(f"unknown tokenizer {name}: {nearest(name, TOKENIZERS, known)}")
     if name == "byte":
+        # without merges, the pattern only says how much text to take at a time; 64 is fastest
         ranks = {bytes([byte]): byte for byte in range(256)}
         return tiktoken.Encoding(name, pat_str=PIECES, mergeable_ranks=ranks,
                                  special_tokens={END: 256})
@@ -84,23 +87,31 @@ def check_tokenizer(folder: str, tokenizer: tiktoken.Encoding) -> None:
         )
 
 
-def load_meta(folder: str) -> dict[str, Any]:
-    """The meta.json of a prepared folder, whose files are checked to be there and complete.
+def token_dtype(encoding: tiktoken.Encoding) -> np.dtype:
+    """The type of the ids in token files."""
+    return np.dtype("uint16" if encoding.n_vocab <= 2**16 else "uint32")
 
-    Keys: tokenizer (what load_tokenizer takes), vocab_size, eot (a token id), sources, val_fraction, dtype (of the .bin files),
-    skipped_files, dropped_documents, and for train and val each: documents, tokens, bytes (of UTF-8 text) and
-    sha256 (of the .bin file). Nats per token * tokens / bytes / ln 2 are bits per byte. Raises
-    FileNotFoundError if a file is missing, ValueError if one is damaged.
+
+def load_meta(folder: str) -> dict[str, Any]:
+    """The meta.json of a prepared folder. That its files are there and complete is checked.
+
+    Keys: tokenizer (what load_tokenizer takes), vocab_size, eot (a token id), sources,
+    val_fraction, dtype (of the .bin files), skipped_files, skipped_rows, dropped_documents, and for
+    train and val each: documents, tokens, bytes (of UTF-8 text) and sha256 (of the .bin file). Nats
+    per token * tokens / bytes / ln 2 are bits per byte. Raises FileNotFoundError if a file is
+    missing, ValueError if one is damaged.
     """
     again = f"delete {folder} and run data/prepare.py again"
     path = Path(folder, "meta.json")
     if not path.is_file():
-        raise FileNotFoundError(f"no prepared data in {folder}: run python data/prepare.py --out {folder} "
-                                "(your own texts, if any, go before --out)")
+        raise FileNotFoundError(f"no prepared data in {folder}: run python data/prepare.py --out "
+                                f"{folder} (your own texts, if any, go before --out)")
     try:
         meta = json.loads(path.read_bytes())
-        sizes = {split: meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize for split in SPLITS}
-        needed = [(meta, ("tokenizer", "vocab_size")), *((meta[split], ("bytes", "sha256")) for split in SPLITS)]
+        sizes = {split: meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize
+                 for split in SPLITS}
+        needed = [(meta, ("tokenizer", "vocab_size")),
+                  *((meta[split], ("bytes", "sha256")) for split in SPLITS)]
         if not all(key in part for part, keys in needed for key in keys):
             raise KeyError
         if meta["tokenizer"] == TOKENIZER_FILE:
@@ -112,8 +123,8 @@ def load_meta(folder: str) -> dict[str, Any]:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: {again}")
         if path.stat().st_size != size:
-            raise ValueError(f"{path} is truncated or changed: it has {path.stat().st_size} bytes, meta.json "
-                             f"says {size}: {again}")
+            raise ValueError(f"{path} is truncated or changed: it has {path.stat().st_size} bytes, "
+                             f"meta.json says {size}: {again}")
     return meta
 
 
@@ -125,23 +136,50 @@ def open_tokens(folder: str, split: str) -> np.memmap:
     return np.memmap(Path(folder, f"{split}.bin"), dtype=load_meta(folder)["dtype"], mode="r")
 
 
-def verify_tokens(folder: str) -> None:
-    """Read all of a prepared folder's tokens once, to know that they are what was prepared and in the vocabulary.
+def verify_tokens(folder: str, trust_stamp: bool = True) -> None:
+    """Check that the tokens of a prepared folder are what was prepared, and in the vocabulary.
 
-    Raises ValueError if not, and what load_meta raises.
+    To read all of them takes minutes for 100 billion tokens, so it is done once: verified.json then
+    holds the size and the time of the last change of each file. If these are still the same, and
+    with trust_stamp, nothing is read. A copied folder is read once more. Raises ValueError if the
+    tokens are not what was prepared, and what load_meta raises.
     """
     meta = load_meta(folder)
-    for split in SPLITS:
-        tokens, digest = open_tokens(folder, split), hashlib.sha256()
-        for start in range(0, len(tokens), PIECE):
-            piece = tokens[start : start + PIECE]
-            digest.update(piece)
-            if piece.max() >= meta["vocab_size"]:
-                raise ValueError(f"{folder}/{split}.bin has the token {piece.max()}, outside its vocabulary of "
-                                 f"{meta['vocab_size']}: delete {folder} and run data/prepare.py again")
-        if digest.hexdigest() != meta[split]["sha256"]:
-            raise ValueError(f"{folder}/{split}.bin has changed since it was prepared (its hash is not that of "
-                             f"meta.json): delete {folder} and run data/prepare.py again")
+    stamp = {}
+    for name in ("meta.json", "train.bin", "val.bin"):
+        status = Path(folder, name).stat()
+        stamp[name] = [status.st_size, status.st_mtime_ns]
+    path = Path(folder, "verified.json")
+    if trust_stamp and read_stamp(path) == stamp:
+        return
+    again = f"delete {folder} and run data/prepare.py again"
+    total = sum(meta[split]["tokens"] for split in SPLITS)
+    with tqdm(total=total, desc="checking tokens", unit_scale=True, disable=None) as bar:
+        for split in SPLITS:
+            tokens, digest = open_tokens(folder, split), hashlib.sha256()
+            for start in range(0, len(tokens), PIECE):
+                piece = tokens[start : start + PIECE]
+                digest.update(piece)
+                if piece.max() >= meta["vocab_size"]:
+                    raise ValueError(f"{folder}/{split}.bin has the token {piece.max()}, outside "
+                                     f"its vocabulary of {meta['vocab_size']}: {again}")
+                bar.update(len(piece))
+            if digest.hexdigest() != meta[split]["sha256"]:
+                raise ValueError(f"{folder}/{split}.bin has changed since it was prepared (its "
+                                 f"hash is not that of meta.json): {again}")
+    try:
+        path.write_text(json.dumps(stamp) + "\n")
+    except OSError as error:
+        print(f"warning: {path} cannot be written ({error.strerror}): each start reads all "
+              f"{total:,} tokens to check them", file=sys.stderr)
+
+
+def read_stamp(path: Path) -> dict | None:
+    """What verify_tokens wrote to `path`; None if there is nothing, or if it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def sequences(tokens: np.ndarray, starts: Iterable[int], length: int) -> torch.Tensor:

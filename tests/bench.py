@@ -1,305 +1,299 @@
-"""Speed and memory, ours and peers in one go: python tests/bench.py [group or row ...] prints a table a group. All groups but
-"cpu" are for one GPU.
+"""Speed and memory, ours and of peers: python tests/bench.py [GROUP or ROW ...] prints tables.
 
-Each row is measured in a process of its own. Training: whole updates, forward, backward, clipping and optimizer, after some
-to warm up; the median of three rounds, and their spread. Tokens are random, so a mixture's experts are as evenly loaded as
-the router makes them. Decoding: greedy steps of one token after a prompt, models of random weights.
+Each group is a table, and each of its rows is measured in processes of its own. All groups but
+"cpu" are for one GPU. tests/BENCHMARKS.md keeps what they said.
 
-Peers, skipped where they are not: nanoGPT (a clone at $NANOGPT, by default ../nanoGPT) and transformers.
+Training rows are runs of train.py, as a user starts them, or of a peer by tests/peers.py, where it
+is said what is equal. Their numbers come from log.jsonl: the median of the updates in the second
+half of the run, in brackets their quartiles; MFU; the peak of memory. "First update" is the time
+from the command until the first update is in the log, with torch's caches empty. "Kernels alone"
+comes from a second run: torch's profiler adds up the kernels of ten updates (on a CPU all
+operations), and the number is the speed that there would be without gaps between them.
+
+Decoding rows are greedy steps of one token after a prompt, on models of random weights. Their bound
+is the time in which the GPU can read what a step needs from its memory: the weights, of experts
+those that some token takes, and the past.
+
+Peers that are not here are left out: nanoGPT (a clone at $NANOGPT) and transformers.
 """
 
-import importlib.util
+import argparse
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+if __name__ == "__main__":  # Python looks for modules in this file's folder, not in the one above
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
-import torch.nn as nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-from kha import CONFIGS, Config, Transformer, count_params, flops_per_token
-from sample import can_capture, compile_steps, generate, lighten
-from train import PEAK_FLOPS, TrainConfig, backward, build_model, graphed_backward, make_optimizer, of_gpu
+import train as training
+from data.figures import count_params, of_gpu
+from data.prepare import prepare
+from data.script import parse_args, run_script
+from kha import Transformer
+from sample import compile_steps, generate, lighten, pick_device
+from tests.peers import ROOT, build_transformers, missing, split_command
+from tests.report import read_log
 
-NANOGPT = os.environ.get("NANOGPT", os.path.join(os.path.dirname(ROOT), "nanoGPT"))
-BANDWIDTH = {"H100 80GB HBM3": 3.35e12, "H200": 4.8e12}  # bytes/s, by the vendor's datasheet; of others, no bound
+BANDWIDTH = {"H100 80GB HBM3": 3.35e12, "H200": 4.8e12}  # bytes/s, by the vendor's datasheet
 PROMPT, NEW = 128, 128  # tokens of a decoding row
+PROFILED = 10  # updates of which the kernels are added up
+TRAIN_HEAD = "row | ktokens/s | kernels alone | MFU | memory, GiB | first update, s | against"
+DECODE_HEAD = "row | tokens/s | step, ms | bound, ms | bound / step | against"
 
 
 class Row(NamedTuple):
-    """What to measure: "train" or "decode", "ours" or a peer's; for training sequences in a micro-batch and micro-batches
-    in an update, for decoding sequences side by side; the row that it is compared with, and the device."""
+    """The options of train.py that say what to measure, after the name of a peer if it is one's;
+    the row to compare it with; and of a decoding row the samples side by side."""
 
-    task: str
-    whose: str
-    config: str
-    changes: dict = {}
-    batch: int = 32
-    n_micro: int = 1
-    peer: str = ""
-    device: str = "cuda"
+    command: str
+    against: str = ""
+    samples: int = 0
 
 
-VOCAB = dict(vocab_size=50304)
-NANO, CHAR, HF, HF32 = "nanoGPT, compiled", "nanoGPT, 4 layers of width 192", "transformers, bfloat16", "transformers, float32 weights"
-
-
-def knock_rows(name: str, config: str, batch: int, n_micro: int, peer: str, **changes) -> dict[str, Row]:
-    """Our config without knock, with a linear and with an MLP one on values."""
+def knocks(name: str, options: str, against: str = "") -> dict[str, Row]:
+    """Ours without knocks, with a linear one on the values, and with an MLP on them."""
     kinds = {"no knock": "none", "linear on v": "linear", "mlp on v": "mlp"}
-    return {f"{name}, {kind}": Row("train", "ours", config, {**changes, "knock_v": knock}, batch, n_micro, peer)
-            for kind, knock in kinds.items()}
+    return {f"{name}, {k}": Row(f"{options} --knock_v {v}", against) for k, v in kinds.items()}
 
 
-def moe(batch: int, n_micro: int, **changes) -> Row:
-    return Row("train", "ours", "moe-0.4b-2.3b", {**VOCAB, **changes}, batch, n_micro)
-
-
-def decode_rows(config: str, changes: dict) -> dict[str, Row]:
+def decoding(config: str) -> dict[str, Row]:
+    """One sample and 32, of transformers and of ours."""
     rows = {}
-    for batch in (1, 32):
-        hf, ours = (f"{config}, {batch} at a time, {whose}" for whose in ("transformers", "ours"))
-        rows[hf] = Row("decode", "transformers", config, changes, batch)
-        rows[ours] = Row("decode", "ours", config, changes, batch, peer=hf)
+    for n in (1, 32):
+        ours, theirs = f"{config}, {n} at a time", f"{config}, {n} at a time, transformers"
+        rows[theirs] = Row(f"transformers {config}", samples=n)
+        rows[ours] = Row(config, theirs, n)
     return rows
 
 
-GROUPS: dict[str, dict[str, Row]] = {
-    "gpt2": {NANO: Row("train", NANO, "gpt2"), **knock_rows("gpt2", "gpt2", 32, 1, NANO)},
-    "small": knock_rows("small", "small", 32, 1, ""),
+GPT2 = "gpt2 --batch_tokens 32768 --steps 160"
+SMALL = "small --steps 200"
+MOE = "moe-0.4b-2.3b --vocab_size 50304 --batch_tokens 65536 --micro_batch 8 --steps 24"
+ONE_4 = f"{MOE} --batch_tokens 16384 --micro_batch 4"  # an update is one micro-batch
+MAIN = "moe-1b-6.1b --block_size 4096 --batch_tokens 32768 --steps 24"
+TOY = "toy --steps 60 --device cpu"
+HF, CHAR = "transformers, bfloat16", "nanoGPT, 4 layers of width 192"  # CHAR is as large as toy
+GROUPS = {
+    "gpt2": {"nanoGPT": Row(f"nanoGPT {GPT2}"), **knocks("gpt2", GPT2, "nanoGPT")},
+    "small": knocks("small", SMALL),
     "moe": {
-        HF: Row("train", HF, "moe-0.4b-2.3b", VOCAB, 4, 4),
-        HF32: Row("train", HF32, "moe-0.4b-2.3b", VOCAB, 4, 4, HF),
-        **knock_rows("moe", "moe-0.4b-2.3b", 8, 2, HF, **VOCAB),
+        HF: Row(f"transformers {MOE} --micro_batch 4"),
+        "transformers, float32": Row(f"transformers-float32 {MOE} --micro_batch 4", HF),
+        **knocks("moe", MOE, HF),
     },
     "memory": {
-        "moe, an update of 4 x 4096": moe(4, 1), "moe, an update of 4 x 4096, recompute": moe(4, 1, recompute=True),
-        "gpt2, an update of 8 x 1024": Row("train", "ours", "gpt2", {}, 8),
-        "dense-0.6b, an update of 2 x 4096": Row("train", "ours", "dense-0.6b", {}, 2),
-        "moe-0.4b-2.3b, an update of 1 x 4096": Row("train", "ours", "moe-0.4b-2.3b", {}, 1),
+        "moe, 4 x 4096": Row(ONE_4),
+        "moe, 4 x 4096, recompute": Row(f"{ONE_4} --recompute"),
+        "gpt2, 8 x 1024": Row(f"{GPT2} --batch_tokens 8192 --micro_batch 8"),
+        "dense-0.6b, 2 x 4096": Row("dense-0.6b --batch_tokens 8192 --micro_batch 2 --steps 24"),
+        "moe, its own vocabulary, 1 x 4096": Row(
+            "moe-0.4b-2.3b --batch_tokens 4096 --micro_batch 1 --steps 24"
+        ),
     },
-    "decoding": {**decode_rows("dense-1.7b", {}), **decode_rows("moe-0.4b-2.3b", {})},
-    "sequence": {f"moe, {32768 // t} x {t}": moe(32768 // t, 2, block_size=t) for t in (1024, 4096, 8192, 32768)},
-    "batch": {f"moe, {b} x 4096": moe(b, 8 // b * 2) for b in (1, 2, 4)},
-    "experts": {f"small, 4 of {e} experts": Row("train", "ours", "small", dict(n_expert=e)) for e in (8, 32, 128)},
-    # On a CPU nanoGPT advises not to compile. Its character-level model in the size of ours: 1.78M parameters.
-    "cpu": {CHAR: Row("train", CHAR, "toy", {}, 8, device="cpu"),
-            "toy, no knock": Row("train", "ours", "toy", dict(knock_v="none"), 8, 1, CHAR, "cpu"),
-            "toy, mlp on v": Row("train", "ours", "toy", {}, 8, 1, CHAR, "cpu")},
-    "6.1b": {"moe-1b-6.1b, 1 x 4096": Row("train", "ours", "moe-1b-6.1b", dict(block_size=4096), 1, 8)},
+    "decoding": {**decoding("dense-1.7b"), **decoding("moe-0.4b-2.3b")},
+    "sequence": {
+        f"moe, {32768 // t} x {t}": Row(f"{MOE} --block_size {t} --micro_batch {32768 // t}")
+        for t in (1024, 4096, 8192, 32768)
+    },
+    "batch": {f"moe, {b} x 4096": Row(f"{MOE} --micro_batch {b}") for b in (1, 2, 4)},
+    "experts": {f"small, 4 of {n} experts": Row(f"{SMALL} --n_expert {n}") for n in (8, 32, 128)},
+    "cpu": {CHAR: Row(f"nanoGPT {TOY} --n_layer 4 --n_embd 192"), **knocks("toy", TOY, CHAR)},
+    "6.1b": {"moe-1b-6.1b, 1 x 4096": Row(MAIN)},
 }
-ROWS = {name: row for rows in GROUPS.values() for name, row in rows.items()}
 
 
-def hf_model(config: Config, dtype: torch.dtype) -> nn.Module:
-    """transformers' Qwen3 or Qwen3-MoE in our config's shape."""
-    import transformers
-
-    shape = dict(
-        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.d_ff,
-        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
-        head_dim=config.head_dim, max_position_embeddings=config.block_size, tie_word_embeddings=True,
-        attn_implementation="sdpa",
-    )
-    if config.n_expert:
-        shape |= dict(moe_intermediate_size=config.d_ff, num_experts=config.n_expert, num_experts_per_tok=config.top_k,
-                      norm_topk_prob=True, experts_implementation="grouped_mm")
-    kind = "Qwen3Moe" if config.n_expert else "Qwen3"
-    torch.set_default_dtype(dtype)
-    with torch.device("cuda"):
-        model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape))
-    torch.set_default_dtype(torch.float32)
-    return model
+def measure(row: Row, data: str) -> dict[str, float]:
+    """The figures of a row. Raises ChildProcessError if a script fails."""
+    if row.samples:
+        return measure_decoding(row)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/cache"
+        figures = run_training(row, data, f"{folder}/run")
+        peer, options = split_command(row.command)
+        if not peer:
+            figures["kernels"] = profile_kernels(run_options(options, data, f"{folder}/profiled"))
+    return figures
 
 
-def training(row: Row, config: Config, train: TrainConfig) -> tuple[nn.Module, torch.optim.Optimizer, Callable]:
-    """Model, optimizer and the function that adds a micro-batch's gradients, ours or a peer's."""
-    if row.whose == "ours":
-        model, _ = build_model(config, train, row.device, 1)
-        return model, make_optimizer(model, train), lambda rows: backward(model, rows, row.n_micro)
-    if row.whose in (NANO, CHAR):
-        sys.path.insert(0, NANOGPT)
-        import model as nanogpt
-
-        torch.set_float32_matmul_precision("high")
-        shape = dict(vocab_size=65, n_layer=4, n_head=4, n_embd=192) if row.whose == CHAR else VOCAB
-        with redirect_stdout(sys.stderr):
-            model = nanogpt.GPT(nanogpt.GPTConfig(block_size=config.block_size, bias=False, **shape)).to(row.device)
-            settings = train.weight_decay, train.lr, (train.beta1, train.beta2), row.device
-            optimizer = model.configure_optimizers(*settings)
-        compiled = torch.compile(model) if row.whose == NANO else model
-        loss = lambda rows: compiled(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())[1]
-    else:
-        model = hf_model(config, torch.bfloat16 if row.whose == HF else torch.float32).train()
-        optimizer = make_optimizer(model, train)
-        loss = lambda rows: model(input_ids=rows[:, :-1], labels=rows[:, :-1], use_cache=False).loss
-
-    def add_gradients(rows: torch.Tensor) -> None:
-        with torch.autocast(row.device, dtype=torch.bfloat16, enabled=row.whose in (NANO, HF32)):
-            value = loss(rows)
-        (value / row.n_micro).backward()
-
-    return model, optimizer, add_gradients
+# ---- training
 
 
-def measure_training(row: Row) -> dict[str, float]:
-    changes = dict(row.changes)
-    train = TrainConfig(recompute=changes.pop("recompute", False))
-    config = Config(**{**CONFIGS[row.config], **changes})
-    model, optimizer, add_gradients = training(row, config, train)
-    vocab_size = 65 if row.device == "cpu" else config.vocab_size
-    tokens = torch.randint(vocab_size, (row.batch, config.block_size + 1), device=row.device)
-
-    def update() -> None:
-        for _ in range(row.n_micro):
-            add_gradients(tokens)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for moe in model.moes() if row.whose == "ours" else ():
-            moe.balance(train.balance_rate, train.balance)
-        norm.item()
-
-    def seconds(updates: int) -> float:
-        start = time.perf_counter()
-        for _ in range(updates):
-            update()  # waits for the device: the next one starts from nothing, as in training
-        return (time.perf_counter() - start) / updates
-
-    first = seconds(1)
-    memory = torch.cuda.max_memory_allocated() / 2**30
-    if row.whose == "ours" and row.n_micro == 1 and can_capture(model):
-        add_gradients = graphed_backward(model, tokens)
-    once = seconds(3)
-    speeds = [row.batch * config.block_size * row.n_micro / seconds(max(3, int(2 / once))) for _ in range(3)]
-    flops = flops_per_token(build_shape(config), config.block_size)
-    return {"speed": statistics.median(speeds), "least": min(speeds), "most": max(speeds), "flops": flops, "first": first,
-            "memory": max(memory, torch.cuda.max_memory_allocated() / 2**30)}
+def run_options(options: list[str], data: str, out: str) -> list[str]:
+    """The options of a run that leaves a log and no more."""
+    return [*options, "--data", data, "--out", out, "--save_every", "0", "--sample_tokens", "0"]
 
 
-def build_shape(config: Config) -> Transformer:
-    with torch.device("meta"):
-        return Transformer(config)
+def run_training(row: Row, data: str, out: str) -> dict[str, float]:
+    """Run train.py or a peer, and read the log."""
+    peer, options = split_command(row.command)
+    script = [str(ROOT / "tests/peers.py"), peer] if peer else [str(ROOT / "train.py")]
+    command = [sys.executable, *script, *run_options(options, data, out)]
+    first, start = math.nan, time.perf_counter()
+    process = subprocess.Popen(command, stdout=sys.stderr.fileno())
+    while process.poll() is None:
+        if math.isnan(first) and read_log(Path(out))[0]:
+            first = time.perf_counter() - start
+        time.sleep(0.05)
+    if process.returncode:
+        raise ChildProcessError(f"exit code {process.returncode} of {' '.join(command)}")
+    return {**summarise(read_log(Path(out))[0]), "first": first}
+
+
+def summarise(updates: list[dict]) -> dict[str, float]:
+    """The figures of a log's updates; nan for what is not in the log."""
+    late = updates[len(updates) // 2 :]
+    low, speed, high = statistics.quantiles([update["tokens_per_s"] for update in late], n=4)
+    mfu = statistics.median(update.get("mfu", math.nan) for update in late)
+    memory = late[-1].get("memory_gib", math.nan)
+    return {"speed": speed, "low": low, "high": high, "mfu": mfu, "memory": memory}
+
+
+def profile_kernels(argv: list[str]) -> float:
+    """The tokens a second of train.py with these options if kernels were all its time, by those of
+    ten updates in the second half of the run."""
+    _, train, _ = training.parse_config(argv)
+    on_gpu = pick_device(train.device) == "cuda"
+    first, lr_at = train.steps // 2, training.lr_at
+    profiler = profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
+
+    def watched(step: int, train: training.TrainConfig) -> float:
+        """lr_at, with which train.py begins each update."""
+        if on_gpu and step in (first, first + PROFILED):
+            torch.cuda.synchronize()
+        if step == first:
+            profiler.start()
+        elif step == first + PROFILED:
+            profiler.stop()
+        return lr_at(step, train)
+
+    with mock.patch.object(training, "lr_at", watched):
+        training.main(argv)
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    events = [e for e in profiler.events() if e.device_type == kind and not e.is_user_annotation]
+    us = sum(e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events)
+    return PROFILED * train.batch_tokens / us * 1e6
+
+
+# ---- decoding
 
 
 def measure_decoding(row: Row) -> dict[str, float]:
-    config = Config(**{**CONFIGS[row.config], **row.changes})
+    """Tokens a second, the seconds of a step, and the bytes that a step must read."""
+    peer, options = split_command(row.command)
+    config, train, _ = training.parse_config(options)
+    device = pick_device(train.device)
     prompt = torch.randint(config.vocab_size, (PROMPT,)).tolist()
-    if row.whose == "ours":
-        model = lighten(build_model(config, TrainConfig(compile=False), "cuda", 1)[0].eval())
-        model.compute_dtype = None
-        compile_steps(model, row.batch)
-
-        def run() -> float:
-            for i, _ in enumerate(generate(model, prompt, row.batch, NEW, temperature=0)):
-                if i == 4:  # the prompt is read, the graph is there
-                    start = time.perf_counter()
-            return (time.perf_counter() - start) / (NEW - 5)
-    else:
-        model = hf_model(config, torch.bfloat16).eval()
-        ids = torch.tensor([prompt] * row.batch, device="cuda")
+    if peer:
+        model = build_transformers(config, torch.bfloat16, device).eval()
+        ids = torch.tensor([prompt] * row.samples, device=device)
 
         def run() -> float:
             times = []
-            for new in (1, NEW):
-                start = time.perf_counter()
-                model.generate(ids, min_new_tokens=new, max_new_tokens=new, do_sample=False, pad_token_id=0)
-                torch.cuda.synchronize()
+            for n in (1, NEW):
+                start, length = time.perf_counter(), dict(min_new_tokens=n, max_new_tokens=n)
+                model.generate(ids, **length, do_sample=False, pad_token_id=0).cpu()
                 times.append(time.perf_counter() - start)
             return (times[1] - times[0]) / (NEW - 1)
+    else:
+        not_compiled = training.TrainConfig(compile=False)
+        model = lighten(training.build_model(config, not_compiled, device, 1)[0].eval())
+        model.compute_dtype = None
+        if device == "cuda":
+            compile_steps(model, row.samples)
+
+        def run() -> float:
+            for i, _ in enumerate(generate(model, prompt, row.samples, NEW, temperature=0)):
+                if i == 4:  # the prompt is read, the graph is there
+                    start = time.perf_counter()
+            return (time.perf_counter() - start) / (NEW - 5)
 
     run()  # warms up, and compiles
     step = min(run() for _ in range(2))
-    # Bytes a step must read: weights, of the experts those that some token takes; and the past, half of NEW on average.
-    total, active = count_params(build_shape(config))
-    share = (1 - config.top_k / config.n_expert) ** row.batch if config.n_expert else 0  # of the experts idle
-    idle = (total - active) / (1 - config.top_k / config.n_expert) * share if config.n_expert else 0
-    past = row.batch * config.n_layer * 2 * config.n_kv_head * config.head_dim * (PROMPT + NEW // 2)
-    return {"speed": row.batch / step, "step": step, "bytes": 2 * (total - idle + past)}
+    with torch.device("meta"):
+        total, active = count_params(Transformer(config))
+    idle = 0
+    if config.n_expert:  # the experts that none of the samples' tokens takes
+        idle = (total - active) * (1 - config.top_k / config.n_expert) ** (row.samples - 1)
+    length = PROMPT + NEW // 2  # of the past, on average
+    past = row.samples * config.n_layer * 2 * config.n_kv_head * config.head_dim * length
+    return {"speed": row.samples / step, "step": step, "bytes": 2 * (total - idle + past)}
 
 
-def measure_matmul() -> float:
-    """FLOP/s of a bfloat16 product of 8192 x 8192 matrices."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(30):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        a @ b
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * 8192**3 / statistics.median(times)
+# ---- tables
 
 
-def missing(row: Row) -> str | None:
-    """Why a peer cannot be measured here."""
-    if row.whose in (NANO, CHAR) and not os.path.exists(os.path.join(NANOGPT, "model.py")):
-        return f"no clone of nanoGPT at {NANOGPT}"
-    if row.whose.startswith("transformers") and importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed"
-    return None
-
-
-def table_line(name: str, row: Row, r: dict[str, float], rate: float, speeds: dict[str, float]) -> str:
-    ratio = f"{r['speed'] / speeds[row.peer]:.2f} x" if row.peer in speeds else ""
-    if row.device == "cpu":
-        return f"| {name} | {r['speed'] / 1e3:.2f} ({r['least'] / 1e3:.2f}-{r['most'] / 1e3:.2f}) | {ratio} |"
-    gpu = torch.cuda.get_device_name()
-    if row.task == "train":
-        peak = of_gpu(PEAK_FLOPS, gpu) or math.nan
-        mfu, of_rate = r["speed"] * r["flops"] / peak, r["speed"] * r["flops"] / rate
-        return (f"| {name} | {r['speed'] / 1e3:.1f} ({r['least'] / 1e3:.1f}-{r['most'] / 1e3:.1f}) | {mfu:.1%} | {of_rate:.1%} |"
-                f" {r['memory']:.1f} | {r['first']:.1f} | {ratio} |")
-    bound = r["bytes"] / (of_gpu(BANDWIDTH, gpu) or math.nan)
-    return f"| {name} | {r['speed']:.0f} | {r['step'] * 1e3:.2f} | {bound * 1e3:.2f} | {bound / r['step']:.0%} | {ratio} |"
+def cells(row: Row, found: dict[str, float], speeds: dict[str, float]) -> list[str]:
+    """What the table says after a row's name, nothing where nothing was measured. `speeds` are
+    those of the rows before."""
+    speed = found["speed"]
+    if row.samples:
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        bound, step = found["bytes"] / (of_gpu(BANDWIDTH, gpu) or math.nan), found["step"]
+        texts = [f"{speed:.0f}", f"{step * 1e3:.2f}", f"{bound * 1e3:.2f}", f"{bound / step:.0%}"]
+    else:
+        spread = f"({found['low'] / 1e3:.1f}-{found['high'] / 1e3:.1f})"
+        texts = [f"{speed / 1e3:.1f} {spread}", f"{found.get('kernels', math.nan) / 1e3:.1f}",
+                 f"{found['mfu']:.1%}", f"{found['memory']:.1f}", f"{found['first']:.1f}"]
+    texts.append(f"{speed / speeds[row.against]:.2f} x" if row.against in speeds else "")
+    return ["" if text.startswith("nan") else text for text in texts]
 
 
 def main(argv: list[str]) -> None:
-    if argv[:1] == ["--row"]:
-        row = ROWS[argv[1]]
-        print(json.dumps(measure_training(row) if row.task == "train" else measure_decoding(row)))
+    """The command line. Raises ValueError or OSError for bad input."""
+    parser = argparse.ArgumentParser("bench.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of a group or a row")
+    parser.add_argument("--data", default=training.DEFAULT_DATA, help="made by data/prepare.py")
+    parser.add_argument("--here", metavar="ROW", help="measure one row, in JSON, in this process")
+    args = parse_args(parser, argv)
+    if args.here:
+        print(json.dumps(measure(Row(*json.loads(args.here)), args.data)))
         return
-    groups = {name: rows for name, rows in GROUPS.items() if name in argv or not argv and name != "6.1b"}
-    if unknown := set(argv) - set(GROUPS) - set(ROWS):
-        sys.exit(f"bench.py: error: no group or row {', '.join(sorted(unknown))}: groups are {', '.join(GROUPS)}")
-    if rows := {name: ROWS[name] for name in argv if name in ROWS}:
-        groups["rows"] = rows
-    rate = 0.0
-    if any(row.device == "cuda" for rows in groups.values() for row in rows.values()):
-        if not torch.cuda.is_available():
-            sys.exit("bench.py: error: this measures a CUDA GPU, and there is none: only the group cpu can run here")
-        rate = measure_matmul()
-        torch.cuda.empty_cache()
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrix products at {rate / 1e12:.0f} TFLOP/s")
-    for group, rows in groups.items():
-        head = "row | ktokens/s (3 rounds) | MFU | of the matmul rate | memory, GiB | first update, s | against peer"
-        if any(row.task == "decode" for row in rows.values()):
-            head = "row | tokens/s | step, ms | bandwidth bound, ms | bound / step | against peer"
-        if any(row.device == "cpu" for row in rows.values()):
-            head = "row | ktokens/s (3 rounds) | against peer"
-        print(f"\n{group}\n| {head} |\n|{' --- |' * len(head.split('|'))}")
-        speeds = {}
-        for name, row in rows.items():
-            if reason := missing(row):
-                print(f"| {name}: skipped, {reason} |", flush=True)
+    rows = {name: row for rows in GROUPS.values() for name, row in rows.items()}
+    unknown = [name for name in args.names if name not in GROUPS and name not in rows]
+    if unknown or not args.names:
+        wrong = f"no group or row {', '.join(unknown)}: " if unknown else ""
+        raise ValueError(f"{wrong}name some of {', '.join(GROUPS)}, or rows of their tables")
+    if args.data == training.DEFAULT_DATA and not os.path.exists(args.data):
+        prepare([], args.data)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    print(f"{gpu}, torch {torch.__version__}")
+    speeds, n_failed = {}, 0
+    for name in args.names:
+        group = GROUPS.get(name) or {name: rows[name]}
+        head = DECODE_HEAD if any(row.samples for row in group.values()) else TRAIN_HEAD
+        print(f"\n| {head} |\n|{' --- |' * len(head.split('|'))}", flush=True)
+        for name, row in group.items():
+            peer, options = split_command(row.command)
+            reason = missing(peer)
+            if "cpu" not in options and not torch.cuda.is_available():
+                reason = "there is no CUDA GPU"
+            if reason:
+                print(f"| {name} | left out: {reason} |", flush=True)
                 continue
-            done = subprocess.run([sys.executable, __file__, "--row", name], stdout=subprocess.PIPE, text=True)
+            command = [sys.executable, __file__, "--data", args.data, "--here", json.dumps(row)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:
-                print(f"| {name}: failed, see above |", flush=True)
+                n_failed += 1
+                print(f"| {name} | failed, see above |", flush=True)
                 continue
-            result = json.loads(done.stdout.strip().split("\n")[-1])
-            speeds[name] = result["speed"]
-            print(table_line(name, row, result, rate, speeds), flush=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            speeds[name] = found["speed"]
+            print(f"| {name} | {' | '.join(cells(row, found, speeds))} |", flush=True)
+    sys.exit(1 if n_failed else 0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

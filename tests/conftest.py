@@ -2,13 +2,26 @@
 
 import os
 
-# Before torch is imported, here and in every process that a test starts: of small models one thread is the fastest,
-# and several processes of many threads each stand in each other's way.
+# This stands before torch is imported, here and in every process that a test starts. One thread is
+# the fastest for small models, and processes of many threads stand in each other's way.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest  # noqa: E402
+import shutil
 
-from data.prepare import prepare  # noqa: E402
+import pytest
+import torch
+
+from data.prepare import prepare
+from tests.runs import SHORT, start_script
+from train import main
+
+
+def pytest_collection_modifyitems(items):
+    """Tests with the marker gpu are skipped where there is no CUDA GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +32,38 @@ def empty_folder(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Text with something to learn, prepared: lines of counting."""
+    """A folder of prepared text with something to learn: lines of counting."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("".join(f"{i} and {i + 1} are {2 * i + 1}\n" for i in range(3000)))
+    lines = [f"{i} and {i + 1} are {2 * i + 1}\n" for i in range(3000)]
+    (folder / "text.txt").write_text("".join(lines))
     prepare([str(folder / "text.txt")], str(folder / "tokens"))
     return folder / "tokens"
+
+
+@pytest.fixture(scope="session")
+def whole(data, tmp_path_factory):
+    """The folder of a run of 30 steps that nothing disturbed, with its checkpoints at 20 and 30."""
+    out = tmp_path_factory.mktemp("whole")
+    main([*SHORT, "--data", str(data), "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def halves(whole, tmp_path):
+    """A copy of `whole` for a test to disturb."""
+    return shutil.copytree(whole, tmp_path / "halves")
+
+
+@pytest.fixture
+def start():
+    """runs.start_script; what still runs when the test ends is killed."""
+    processes = []
+
+    def start(*args, **how):
+        processes.append(start_script(*args, **how))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()

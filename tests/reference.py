@@ -1,5 +1,6 @@
-"""The model in float64 as the papers' equations have it: loops over heads, nothing fused, nothing cached."""
+"""The model in float64 as the equations have it: loops over heads, nothing fused or cached."""
 
+import functools
 import itertools
 import math
 
@@ -22,7 +23,11 @@ def knock(kind, weights, x):
         if kind == "linear":
             head = head @ weights["t"]
         if kind == "mlp":
-            head = 2 * ((head @ weights["up"]) / (1 + torch.exp(-(head @ weights["gate"])))) @ weights["down"]
+            head = (
+                2
+                * ((head @ weights["up"]) / (1 + torch.exp(-(head @ weights["gate"]))))
+                @ weights["down"]
+            )
         if kind == "gate":
             head = 2 * head / (1 + torch.exp(-(head @ weights["gate"])))
         heads.append(head)
@@ -48,7 +53,9 @@ def rope(x, base):
 def softmax_attention(q, k, v):
     """One head: q, k (B, T, D_qk), v (B, T, D)."""
     T = q.shape[1]
-    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf)
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(
+        torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf
+    )
     return scores.softmax(-1) @ v
 
 
@@ -57,7 +64,10 @@ def gqa(c, w, project):
     q = rope(rms_norm(q, w["q_norm.weight"], c.norm_eps), c.rope_base)
     k = rope(rms_norm(k, w["k_norm.weight"], c.norm_eps), c.rope_base)
     group = c.n_head // c.n_kv_head
-    return [softmax_attention(q[:, :, h], k[:, :, h // group], v[:, :, h // group]) for h in range(c.n_head)]
+    return [
+        softmax_attention(q[:, :, h], k[:, :, h // group], v[:, :, h // group])
+        for h in range(c.n_head)
+    ]
 
 
 def gta(c, w, project):
@@ -69,21 +79,36 @@ def gta(c, w, project):
     heads = []
     for h in range(c.n_head):
         state = tied[:, :, h // (c.n_head // c.n_kv_head)]
-        key = torch.cat((rms_norm(state[..., :half], w["k_norm.weight"], c.norm_eps), k_rope[:, :, 0]), -1)
-        heads.append(softmax_attention(torch.cat((q[:, :, h, :half], q_rope[:, :, h]), -1), key, state))
+        key = torch.cat(
+            (rms_norm(state[..., :half], w["k_norm.weight"], c.norm_eps), k_rope[:, :, 0]), -1
+        )
+        heads.append(
+            softmax_attention(torch.cat((q[:, :, h, :half], q_rope[:, :, h]), -1), key, state)
+        )
     return heads
 
 
 def mla(c, w, project):
     D, rank = c.head_dim, c.kv_rank // c.n_kv_head
-    q, q_rope, k_rope = project("q"), rope(project("q_rope"), c.rope_base), rope(project("k_rope"), c.rope_base)
+    q, q_rope, k_rope = (
+        project("q"),
+        rope(project("q_rope"), c.rope_base),
+        rope(project("k_rope"), c.rope_base),
+    )
     heads = []
     for h in range(c.n_head):
         g = h // (c.n_head // c.n_kv_head)
-        latent = rms_norm(project("kv_latent")[:, :, 0, g * rank : (g + 1) * rank], w["kv_norm.weight"], c.norm_eps)
+        latent = rms_norm(
+            project("kv_latent")[:, :, 0, g * rank : (g + 1) * rank],
+            w["kv_norm.weight"],
+            c.norm_eps,
+        )
         k, v = (
-            knock(getattr(c, f"knock_{part}"), {"t": w.get(f"w{part}.knock.t")},
-                  (latent @ w[f"w{part}.weight"][h * D : (h + 1) * D].T)[:, :, None])[:, :, 0]
+            knock(
+                getattr(c, f"knock_{part}"),
+                {"t": w.get(f"w{part}.knock.t")},
+                (latent @ w[f"w{part}.weight"][h * D : (h + 1) * D].T)[:, :, None],
+            )[:, :, 0]
             for part in "kv"
         )
         key = torch.cat((k, k_rope[:, :, 0]), -1)
@@ -96,27 +121,38 @@ def plain_weights(model):
     return {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
 
 
+def project(c, w, h, part):
+    """The heads (B, T, H, D) that one projection makes of h (B, T, C), knocked where it knocks."""
+    if part.startswith("q") and c.q_rank:
+        h = rms_norm(h @ w["wq_latent.weight"].T, w["q_norm.weight"], c.norm_eps)
+    if part in ("q", "k", "v"):
+        width = c.head_dim
+    elif part == "kv_latent":
+        width = c.kv_rank
+    else:
+        width = c.head_dim // 2
+    heads = (h @ w[f"w{part}.weight"].T).unflatten(-1, (-1, width))
+    matrices = {name: w.get(f"w{part}.knock.{name}") for name in ("t", "up", "gate", "down")}
+    return knock(getattr(c, f"knock_{part}", "none"), matrices, heads)
+
+
+def below(weights, prefix):
+    """The weights with this prefix, without it."""
+    return {name.removeprefix(prefix): p for name, p in weights.items() if name.startswith(prefix)}
+
+
 def forward(config, weights, tokens):
     """Logits (B, T, V) of a dense model of any attention, float64."""
     c = config
+    attention = {"gqa": gqa, "gta": gta, "mla": mla}[c.attention]
     x = weights["embed.weight"][tokens]
     for i in range(c.n_layer):
-        layer = {name.removeprefix(f"blocks.{i}."): p for name, p in weights.items() if name.startswith(f"blocks.{i}.")}
-        w = {name.removeprefix("attn."): p for name, p in layer.items()}
+        layer = below(weights, f"blocks.{i}.")
+        w = below(layer, "attn.")
         h = rms_norm(x, layer["attn_norm.weight"], c.norm_eps)
-
-        def project(part):
-            source, width = h, {"q": c.head_dim, "k": c.head_dim, "v": c.head_dim}.get(part, c.head_dim // 2)
-            if part.startswith("q") and c.q_rank:
-                source = rms_norm(h @ w["wq_latent.weight"].T, w["q_norm.weight"], c.norm_eps)
-            if part == "kv_latent":
-                width = c.kv_rank
-            z = (source @ w[f"w{part}.weight"].T).unflatten(-1, (-1, width))
-            matrices = {m: w.get(f"w{part}.knock.{m}") for m in ("t", "up", "gate", "down")}
-            return knock(getattr(c, f"knock_{part}", "none"), matrices, z)
-
-        x = x + torch.cat({"gqa": gqa, "gta": gta, "mla": mla}[c.attention](c, w, project), -1) @ w["wo.weight"].T
+        heads = attention(c, w, functools.partial(project, c, w, h))
+        x = x + torch.cat(heads, -1) @ w["wo.weight"].T
         h = rms_norm(x, layer["ffn_norm.weight"], c.norm_eps)
         gate, up = (h @ layer["ffn.w_up"].T).chunk(2, -1)
         x = x + (gate * torch.sigmoid(gate) * up) @ layer["ffn.w_down"].T
-    return rms_norm(x, weights["head.norm.weight"], c.norm_eps) @ weights["embed.weight"].T
+    return rms_norm(x, weights["norm.weight"], c.norm_eps) @ weights["embed.weight"].T

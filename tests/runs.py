@@ -1,42 +1,92 @@
-"""Runs of train.py for the tests: a tiny mixture of experts with knocks, started as a user starts it."""
+"""Runs of train.py for the tests: a tiny mixture of experts with knocks, started as a user does."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 import train
-from data.checkpoint import load_checkpoint
+from data.checkpoint import list_checkpoints, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
-SHAPE = "--n_layer 1 --n_embd 32 --head_dim 8 --d_ff 32 --n_expert 4 --block_size 32 --micro_batch 4 --device cpu".split()
-SHORT = [*SHAPE, *"--batch_tokens 256 --steps 30 --eval_every 10 --save_every 10 --eval_tokens 512 --prompt a".split()]
+LIMIT = 600  # seconds until a process counts as hanging, also on a busy machine
+SHAPE = (
+    "--n_layer 1 --n_embd 32 --head_dim 8 --d_ff 32 --n_expert 4 --block_size 32 --micro_batch 4"
+    " --device cpu"
+).split()
+SHORT = [
+    *SHAPE,
+    *"--batch_tokens 256 --steps 30 --eval_every 10 --save_every 10 --eval_tokens 512".split(),
+    *"--prompt a".split(),
+]
+LONG = [
+    *SHAPE,
+    *"--batch_tokens 256 --steps 100000 --eval_every 1 --save_every 1 --eval_tokens 512".split(),
+    *"--prompt a".split(),
+]
+# 16 sequences an update: 8 micro-batches for one process, 2 for each of four. Losses then agree to
+# some 2e-7, unless rounding decides which expert takes a token. With few tokens, a wide model and a
+# low rate that is rare.
+SCALE = [
+    *SHAPE,
+    *"--n_layer 2 --n_embd 64 --block_size 8 --batch_tokens 128 --micro_batch 2 --lr 5e-4".split(),
+    *"--steps 20 --eval_every 10 --save_every 10 --eval_tokens 144 --balance_rate 0.01".split(),
+    *"--prompt a".split(),
+]
 
 
 def command(*args, n_process=0, restarts=0, script="train.py"):
-    """Command line of a run, under torchrun if n_process is given."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n_process, "--max-restarts", restarts]
-    return [str(word) for word in (sys.executable, *(torchrun if n_process else []), ROOT / script, *args)]
+    """The command line of a run, under torchrun if n_process is given."""
+    torchrun = "-m torch.distributed.run --standalone".split()
+    torchrun += ["--nproc_per_node", n_process, "--max-restarts", restarts]
+    words = [sys.executable, *(torchrun if n_process else []), ROOT / script, *args]
+    return [str(word) for word in words]
 
 
 def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def train_script(*args, preexec_fn=None, **how):
-    """Run the script to its end, which must come within a minute."""
-    return subprocess.run(command(*args, **how), env=environment(), capture_output=True, text=True, timeout=60,
-                          preexec_fn=preexec_fn)
+def train_script(*args, preexec_fn=None, env=None, **how):
+    """Run the script to its end; `env` adds to the environment."""
+    return subprocess.run(
+        command(*args, **how),
+        env={**environment(), **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        preexec_fn=preexec_fn,
+    )
 
 
-def start_script(*args, **how):
+def start_script(*args, preexec_fn=None, **how):
     """Start the script, as a process with its output in `stdout`."""
-    return subprocess.Popen(command(*args, **how), env=environment(), text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command(*args, **how),
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=preexec_fn,
+    )
+
+
+def wait_for(condition, process):
+    """Wait until `condition()` while the process runs."""
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+
+
+def has_line(out):
+    """A condition for `wait_for`: the log has an update."""
+    log = out / "log.jsonl"
+    return lambda: log.exists() and '"loss"' in log.read_text()
 
 
 def stop_at(step, args):
@@ -52,32 +102,52 @@ def stop_at(step, args):
         train.main(args)
 
 
+def names(out):
+    """The names of all files in a folder."""
+    return sorted(path.name for path in out.iterdir())
+
+
+def contents(folder):
+    """What all files in a folder hold, also in folders below."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def lines_of(out):
+    """The lines of a run's log."""
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def log_of(out):
     """The log's updates and its evaluations."""
     lines = lines_of(out)
-    return [line for line in lines if "loss" in line], [line for line in lines if "val_loss" in line]
+    updates = [line for line in lines if "loss" in line]
+    return updates, [line for line in lines if "val_loss" in line]
 
 
 def untimed(out):
-    """The log's updates and evaluations, but for what differs from run to run."""
+    """The log's updates and evaluations, without what differs from run to run."""
     timed = ("tokens_per_s", "mfu", "memory_gib")
     lines = [line for line in lines_of(out) if "config" not in line]
     return [{key: value for key, value in line.items() if key not in timed} for line in lines]
 
 
 def weights_of(out):
-    return load_checkpoint(out)[0].state_dict()
+    """The weights of a run's newest checkpoint."""
+    return load_checkpoint(list_checkpoints(out)[0])[0].state_dict()
+
+
+def equal_weights(one, two):
+    """Whether two state dicts have the same names and the same tensors, to the bit."""
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def assert_same_run(one, two):
-    """Two runs have the same log, with each step once, and ended with the same weights to the bit."""
+    """Two runs have the same log, with each step once, and the same checkpoints to the bit."""
     assert untimed(one) == untimed(two)
     updates = [line["step"] for line in log_of(one)[0]]
     assert updates == list(range(1, len(updates) + 1))
-    weights, others = weights_of(one), weights_of(two)
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert names(one) == names(two)
+    assert equal_weights(weights_of(one), weights_of(two))
+    (best, about), (other, about_other) = load_checkpoint(one), load_checkpoint(two)
+    assert about["step"] == about_other["step"]
+    assert equal_weights(best.state_dict(), other.state_dict())

@@ -12,13 +12,22 @@ from data.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from kha import Config, Transformer
 from tests.reference import scramble
 
-SMALL = dict(vocab_size=50, block_size=32, n_layer=2, n_embd=24, n_head=6, n_kv_head=2, head_dim=8, d_ff=24)
+SMALL = dict(
+    vocab_size=50, block_size=32, n_layer=2, n_embd=24, n_head=6, n_kv_head=2, head_dim=8, d_ff=24
+)
 
 
 def tiny_checkpoint(step):
     model = scramble(Transformer(Config(**SMALL, n_expert=4, top_k=2)), step).eval()
     config = dataclasses.asdict(model.config)
-    return model, {"config": config, "model": model.state_dict(), "step": step, "tokenizer": "byte", "train": {}, "format": FORMAT}
+    return model, {
+        "config": config,
+        "model": model.state_dict(),
+        "step": step,
+        "tokenizer": "byte",
+        "train": {},
+        "format": FORMAT,
+    }
 
 
 def test_checkpoints_come_back_and_the_last_two_are_kept(tmp_path):
@@ -54,17 +63,22 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change", [
-    lambda c: {**c, "model": []},
-    lambda c: {**c, "model": {}},
-    lambda c: {**c, "config": {}},
-    lambda c: {name: c[name] for name in c if name != "tokenizer"},
-    lambda c: {name: c[name] for name in c if name != "step"},
-    lambda c: [1],
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: {**c, "model": []},
+        lambda c: {**c, "model": {}},
+        lambda c: {**c, "config": {}},
+        lambda c: {name: c[name] for name in c if name != "tokenizer"},
+        lambda c: {name: c[name] for name in c if name != "step"},
+        lambda c: [1],
+    ],
+)
 def test_what_is_whole_but_no_checkpoint_is_refused_in_one_line(change, tmp_path):
     torch.save(change(tiny_checkpoint(1)[1]), tmp_path / "step-00000001.pt")
-    with pytest.raises(ValueError, match="not a checkpoint of this project|does not hold the weights") as error:
+    with pytest.raises(
+        ValueError, match="not a checkpoint of this project|does not hold the weights"
+    ) as error:
         load_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -74,12 +88,16 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # files cannot grow past this
     try:
-        with pytest.raises(OSError, match="cannot save to .*: the earlier checkpoints there stand") as error:
+        with pytest.raises(
+            OSError, match="cannot save to .*: the earlier checkpoints there stand"
+        ) as error:
             save_checkpoint(tmp_path, tiny_checkpoint(2)[1])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(error.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.pt"] and load_checkpoint(tmp_path)[1]["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.pt"] and load_checkpoint(
+        tmp_path
+    )[1]["step"] == 1
 
 
 def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):

@@ -456,8 +456,9 @@ def test_greedy_text_is_the_same_token_by_token(kind, experts, byte, tmp_path):
 def test_the_pipeline_writes_what_we_write(kind, experts, byte, tmp_path, capfd):
     model = ours(**KINDS[kind], **experts, vocab_size=257)  # no ids outside the tokenizer
     export_hf(model, tmp_path / "hf", byte)
-    pipeline = transformers.pipeline("text-generation", str(tmp_path / "hf"),
-                                     trust_remote_code=True)
+    pipeline = transformers.pipeline(
+        "text-generation", str(tmp_path / "hf"), trust_remote_code=True
+    )
     for prompt in ("naïve", "two\n  lines"):
         (written,) = pipeline(prompt, max_new_tokens=30, do_sample=False)
         capfd.readouterr()
@@ -552,10 +553,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     def limit():  # files of more than 50,000 bytes cannot be written
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
-    words = command("--checkpoint", tmp_path / "run", "--device", "cpu",
-                    "--export_hf", tmp_path / "hf", script="sample.py")
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300,
-                          preexec_fn=limit)
+    words = command(
+        "--checkpoint",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+        "--export_hf",
+        tmp_path / "hf",
+        script="sample.py",
+    )
+    done = subprocess.run(
+        words, env=environment(), capture_output=True, text=True, timeout=300, preexec_fn=limit
+    )
     *_, line = done.stderr.splitlines()
     assert done.returncode == 2 and line.startswith("sample.py: error: cannot write")
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""The knocks, attention and the model against the plainest float64 version of the paper's equations."""
+"""Knocks, attention and the model against the plainest float64 version of the equations."""
 
 import copy
 import dataclasses
@@ -9,9 +9,7 @@ import torch
 import kha
 import sample
 from data import loss as chunked
-from data.figures import (
-    knock_movement,
-)
+from data.figures import knock_movement, knocks_of
 from data.loss import chunked_loss
 from kha import (
     CONFIGS,
@@ -20,7 +18,6 @@ from kha import (
     Knock,
     Transformer,
     fold,
-    knocks_of,
     rope_tables,
     rotate,
 )
@@ -28,7 +25,9 @@ from sample import Cache, generate
 from tests import reference
 from tests.reference import scramble
 
-SMALL = dict(vocab_size=50, block_size=32, n_layer=2, n_embd=24, n_head=6, n_kv_head=2, head_dim=8, d_ff=24)
+SMALL = dict(
+    vocab_size=50, block_size=32, n_layer=2, n_embd=24, n_head=6, n_kv_head=2, head_dim=8, d_ff=24
+)
 
 
 def build(name, **overrides):
@@ -49,24 +48,34 @@ def test_knock_is_the_equation_forward_and_backward(kind, dtype, tolerance):
     y = heads(x)
     y.backward(out_grad.to(dtype))
 
-    exact = {name.split(".")[-1]: p.detach().double().requires_grad_() for name, p in heads.named_parameters()}
+    exact = {
+        name.split(".")[-1]: p.detach().double().requires_grad_()
+        for name, p in heads.named_parameters()
+    }
     exact_x = x.detach().double().requires_grad_()
     exact_y = reference.knock(kind, exact, (exact_x @ exact["weight"].T).unflatten(-1, (3, 8)))
     exact_y.backward(out_grad)
     torch.testing.assert_close(y.double(), exact_y, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=tolerance, atol=10 * tolerance)
-    for name, p in heads.named_parameters():  # every head's gradient arrives in the one shared matrix
+    for (
+        name,
+        p,
+    ) in heads.named_parameters():  # every head's gradient arrives in the one shared matrix
         expected = exact[name.split(".")[-1]].grad
         torch.testing.assert_close(p.grad.double(), expected, rtol=tolerance, atol=100 * tolerance)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a CUDA GPU")
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
-@pytest.mark.parametrize("n_token", [1, 77, 4096], ids=["less than a tile", "uneven tiles", "many tiles"])
+@pytest.mark.parametrize(
+    "n_token", [1, 77, 4096], ids=["less than a tile", "uneven tiles", "many tiles"]
+)
 def test_the_kernel_is_the_equation_forward_and_backward(head_dim, n_token):
     torch.manual_seed(0)
     knock = scramble(Knock("mlp", head_dim)).to("cuda", torch.bfloat16)
-    x = torch.randn(2, n_token, 3, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(
+        2, n_token, 3, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True
+    )
     y_grad = torch.randn_like(x).mT.contiguous().mT  # not contiguous, as attention's may be
     assert kha.can_fuse(x) or head_dim == 128 and torch.cuda.get_device_capability() < (9, 0)
     y = knock(x)
@@ -76,7 +85,11 @@ def test_the_kernel_is_the_equation_forward_and_backward(head_dim, n_token):
     exact_x = x.detach().double().requires_grad_()
     exact_y = reference.knock("mlp", exact, exact_x)
     exact_y.backward(y_grad.double())
-    pairs = [(y, exact_y), (x.grad, exact_x.grad), *((p.grad, exact[name].grad) for name, p in knock.named_parameters())]
+    pairs = [
+        (y, exact_y),
+        (x.grad, exact_x.grad),
+        *((p.grad, exact[name].grad) for name, p in knock.named_parameters()),
+    ]
     for ours, right in pairs:
         assert (ours - right).norm() < 0.01 * right.norm()  # bfloat16 rounds to 0.4%
 
@@ -98,8 +111,15 @@ def test_at_step_0_the_model_is_the_baseline_bit_for_bit(place, kind, dtype):
 @pytest.mark.parametrize("kind,matrices", [("none", 0), ("linear", 1), ("mlp", 3), ("gate", 1)])
 def test_one_set_of_knock_matrices_serves_all_heads(kind, matrices):
     for n_head in (2, 6):
-        model = Transformer(Config(**{**SMALL, "n_head": n_head, "n_kv_head": n_head, "knock_v": kind}))
-        knocks = [p for place, knock in knocks_of(model).items() if "blocks.0" in place for p in knock.parameters()]
+        model = Transformer(
+            Config(**{**SMALL, "n_head": n_head, "n_kv_head": n_head, "knock_v": kind})
+        )
+        knocks = [
+            p
+            for place, knock in knocks_of(model).items()
+            if "blocks.0" in place
+            for p in knock.parameters()
+        ]
         assert [tuple(p.shape) for p in knocks] == [(8, 8)] * matrices
 
 
@@ -122,25 +142,33 @@ VARIANTS = {  # attention: (its shape, the knocks on q, k, v to try)
     "MQA": (dict(n_kv_head=1), [NONE, LINEAR, MLP]),
     "GQA": (dict(n_kv_head=2), [NONE, LINEAR, MLP, ("gate",) * 3, ("linear", "none", "mlp")]),
     "MHA": (dict(n_kv_head=6), [NONE, LINEAR, MLP]),
-    "GTA": (dict(attention="gta"), [NONE, ("linear", "none", "linear"), ("mlp", "none", "mlp"), ("none", "none", "gate")]),
+    "GTA": (
+        dict(attention="gta"),
+        [NONE, ("linear", "none", "linear"), ("mlp", "none", "mlp"), ("none", "none", "gate")],
+    ),
     "MLA": (dict(attention="mla", n_kv_head=1, kv_rank=20), [NONE, LINEAR]),
     "MLA with q_rank": (dict(attention="mla", n_kv_head=1, kv_rank=20, q_rank=12), [LINEAR]),
     "GLA": (dict(attention="mla", n_kv_head=2, kv_rank=20), [NONE, LINEAR]),
 }
 EVERY_VARIANT = pytest.mark.parametrize(
-    "shape", [
-        pytest.param(dict(shape, **dict(zip(("knock_q", "knock_k", "knock_v"), knocks))), id=f"{name}-{'-'.join(knocks)}")
-        for name, (shape, tried) in VARIANTS.items() for knocks in tried
+    "shape",
+    [
+        pytest.param(
+            dict(shape, **dict(zip(("knock_q", "knock_k", "knock_v"), knocks, strict=True))),
+            id=f"{name}-{'-'.join(knocks)}",
+        )
+        for name, (shape, tried) in VARIANTS.items()
+        for knocks in tried
     ],
 )
 
 
 def in_pieces(model, tokens, pieces, cache=None):
-    """Logits of tokens (B, T) that are fed in pieces of these lengths, each after what is cached."""
+    """Logits of tokens (B, T), fed in pieces of these lengths, each after what is cached."""
     cache, index = cache or Cache(model, tokens.shape[1]), torch.arange(tokens.shape[1])
     logits = []
     for part, where in zip(tokens.split(pieces, dim=1), index.split(pieces), strict=True):
-        logits.append(model(part, index=where if where[0] else None, cache=cache))
+        logits.append(model(part, position=where if where[0] else None, cache=cache))
     return torch.cat(logits, dim=1)
 
 
@@ -178,7 +206,7 @@ def test_cross_entropy_in_chunks_is_the_whole_one_forward_and_backward(at_once, 
     loss = model(tokens, targets) * 3
     loss.backward()
     torch.testing.assert_close(loss, exact)
-    for (name, p), gradient in zip(model.named_parameters(), gradients):
+    for (name, p), gradient in zip(model.named_parameters(), gradients, strict=True):
         assert error(p.grad, gradient) < 1e-10, name
     with torch.no_grad():  # as in evaluation
         torch.testing.assert_close(model(tokens, targets) * 3, exact)
@@ -186,7 +214,10 @@ def test_cross_entropy_in_chunks_is_the_whole_one_forward_and_backward(at_once, 
 
 def test_rope_turns_with_the_distance_only():
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
-    at = lambda x, position: rotate(x, rope_tables(torch.tensor([position]), 16, 10000.0))
+
+    def at(x, position):
+        return rotate(x, rope_tables(torch.tensor([position]), 16, 10000.0))
+
     near, far = ((at(q, t) * at(k, t - 5)).sum() for t in (5, 105))
     torch.testing.assert_close(near, far, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(near, (at(q, 5) * at(k, 3)).sum())
@@ -209,8 +240,11 @@ def test_cached_mixture_of_experts_gives_the_logits_of_the_whole():
 @pytest.mark.parametrize(
     "shape,elements",
     [
-        (dict(n_head=32, n_kv_head=1), 256), (dict(n_head=16, n_kv_head=8), 2048), (dict(n_head=32, n_kv_head=4), 1024),
-        (dict(n_head=16, n_kv_head=16), 4096), (dict(n_head=32, n_kv_head=4, attention="gta"), 512 + 64),
+        (dict(n_head=32, n_kv_head=1), 256),
+        (dict(n_head=16, n_kv_head=8), 2048),
+        (dict(n_head=32, n_kv_head=4), 1024),
+        (dict(n_head=16, n_kv_head=16), 4096),
+        (dict(n_head=32, n_kv_head=4, attention="gta"), 512 + 64),
         (dict(n_head=32, n_kv_head=1, attention="mla", kv_rank=512, knock_v="linear"), 512 + 64),
         (dict(n_head=32, n_kv_head=2, attention="mla", kv_rank=512, knock_v="linear"), 512 + 64),
     ],
@@ -240,7 +274,7 @@ def test_a_cache_longer_than_the_context_is_refused():
     cache = Cache(model, 4)
     in_pieces(model, torch.zeros(1, 4, dtype=torch.long), [3, 1], cache)
     with pytest.raises((IndexError, RuntimeError)):  # the cache is full
-        model(torch.zeros(1, 1, dtype=torch.long), index=torch.tensor([4]), cache=cache)
+        model(torch.zeros(1, 1, dtype=torch.long), position=torch.tensor([4]), cache=cache)
 
 
 def test_bfloat16_activations_on_float32_weights():
@@ -296,13 +330,17 @@ def test_folding_holds_at_the_start_and_after_training_steps(shape):
 
 
 def test_what_a_fold_leaves():
-    """Linear knocks leave a plain model; an MLP on the value leaves one wider projection and no matrix a head."""
-    linear = fold(Transformer(Config(**SMALL | dict(knock_q="linear", knock_k="linear", knock_v="linear"))))
+    """Linear knocks leave a plain model. An MLP on the value leaves a projection twice as wide."""
+    linear = fold(
+        Transformer(Config(**SMALL | dict(knock_q="linear", knock_k="linear", knock_v="linear")))
+    )
     plain = Transformer(Config(**SMALL | dict(knock_v="none")))
     assert linear.config == plain.config
     plain.load_state_dict(linear.state_dict())
     attn = fold(Transformer(Config(**SMALL | dict(knock_v="mlp")))).blocks[0].attn
-    assert {name: tuple(p.shape) for name, p in attn.wv.named_parameters()} == {"weight": (2 * 2 * 8, 24)}
+    assert {name: tuple(p.shape) for name, p in attn.wv.named_parameters()} == {
+        "weight": (2 * 2 * 8, 24)
+    }
 
 
 # --- bad input ---

@@ -18,15 +18,23 @@ def make_moe(seed=0):
 
 
 def reference(moe, weights, x):
-    """Float64: each token takes the top_k experts of sigmoid score + bias, weighted by the plain scores."""
+    """Float64: each token takes the top_k experts of score + bias, weighted by the scores alone."""
     out = []
     for token in x:
         scores = 1 / (1 + torch.exp(-weights["router"] @ token))
-        chosen = sorted(range(E), key=lambda e: (scores[e] + moe.bias[e]).item(), reverse=True)[: moe.top_k]
+        chosen = sorted(range(E), key=lambda e: (scores[e] + moe.bias[e]).item(), reverse=True)[
+            : moe.top_k
+        ]
         y = 0
         for e in chosen:
             gate, up = (token @ weights["experts_up"][e]).chunk(2)
-            y = y + scores[e] / sum(scores[j] for j in chosen) * (gate * torch.sigmoid(gate) * up) @ weights["experts_down"][e]
+            y = (
+                y
+                + scores[e]
+                / sum(scores[j] for j in chosen)
+                * (gate * torch.sigmoid(gate) * up)
+                @ weights["experts_down"][e]
+            )
         out.append(y)
     return torch.stack(out)
 
@@ -41,7 +49,9 @@ def skew(moe, kind):
         moe.bias[0] = moe.bias[5] = 100
 
 
-@pytest.mark.parametrize("kind", ["as it comes", "two empty experts", "all on expert 3", "all on experts 0 and 5"])
+@pytest.mark.parametrize(
+    "kind", ["as it comes", "two empty experts", "all on expert 3", "all on experts 0 and 5"]
+)
 @pytest.mark.parametrize("n_token", [1, 2, 33])
 def test_moe_is_the_loop_forward_and_backward(kind, n_token):
     moe = make_moe()
@@ -69,7 +79,9 @@ def test_few_tokens_outside_training_are_the_loop_too(kind, n_token):
     skew(moe, kind)
     x = torch.randn(n_token, C)
     exact = {name: p.detach().double() for name, p in moe.named_parameters()}
-    torch.testing.assert_close(moe(x).double(), reference(moe, exact, x.double()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        moe(x).double(), reference(moe, exact, x.double()), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_bfloat16_is_close_and_any_leading_shape_works():
@@ -135,7 +147,9 @@ def test_the_bias_takes_no_gradient_and_does_not_weigh():
     same, same_weights = moe.route(x)
     order, same_order = chosen.sort(-1), same.sort(-1)
     assert torch.equal(order.values, same_order.values)
-    torch.testing.assert_close(weights.gather(-1, order.indices), same_weights.gather(-1, same_order.indices))
+    torch.testing.assert_close(
+        weights.gather(-1, order.indices), same_weights.gather(-1, same_order.indices)
+    )
 
 
 def test_the_load_of_a_balanced_nothing_is_finite():

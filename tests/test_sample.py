@@ -12,11 +12,21 @@ import torch
 from data.checkpoint import FORMAT, save_checkpoint
 from data.tokens import load_tokenizer
 from kha import Config, Transformer
-from sample import Cache, can_capture, compile_steps, generate, pick_device, sample_logits, write_samples
+from sample import (
+    Cache,
+    can_capture,
+    compile_steps,
+    generate,
+    pick_device,
+    sample_logits,
+    write_samples,
+)
 from tests.reference import scramble
 from tests.runs import ROOT
 
-TINY = dict(vocab_size=320, block_size=64, n_layer=2, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=32)
+TINY = dict(
+    vocab_size=320, block_size=64, n_layer=2, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=32
+)
 
 
 @pytest.fixture
@@ -25,7 +35,7 @@ def model():
 
 
 def new_tokens(*args, **options):
-    return [list(step) for step in zip(*generate(*args, **options))]
+    return [list(step) for step in zip(*generate(*args, **options), strict=True)]
 
 
 def save(model, folder):
@@ -36,7 +46,12 @@ def save(model, folder):
 
 
 def sample(*args, stdin=""):
-    done = subprocess.run([sys.executable, ROOT / "sample.py", *map(str, args)], input=stdin, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "sample.py", *map(str, args)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -52,7 +67,13 @@ def test_with_the_cache_as_without(model, prompt):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("n_samples", [1, 32])
 @pytest.mark.parametrize(
-    "shape", [{}, dict(n_expert=128, top_k=4), dict(attention="gta"), dict(attention="mla", kv_rank=16, knock_v="linear")],
+    "shape",
+    [
+        {},
+        dict(n_expert=128, top_k=4),
+        dict(attention="gta"),
+        dict(attention="mla", kv_rank=16, knock_v="linear"),
+    ],
     ids=["dense", "mixture", "gta", "mla"],
 )
 def test_compiled_steps_are_eager_ones(shape, n_samples):
@@ -65,8 +86,10 @@ def test_compiled_steps_are_eager_ones(shape, n_samples):
         with torch.compiler.set_stance("force_eager"):
             model(torch.tensor([[5, 6, 7]], device=device), cache=cache)
         cache.repeat(n_samples)
-        index = torch.tensor([3], device=device)
-        return model(torch.arange(n_samples, device=device)[:, None], index=index, cache=cache)
+        position = torch.tensor([3], device=device)
+        return model(
+            torch.arange(n_samples, device=device)[:, None], position=position, cache=cache
+        )
 
     eager = step()
     assert len(new_tokens(model, [5, 6, 7], n_samples, max_new_tokens=4)) == n_samples
@@ -92,12 +115,19 @@ def test_drawn_with_the_cache_as_without(model):
     (cached,) = new_tokens(model, [5, 6], max_new_tokens=30, seed=3, **options)
     plain, generator = [5, 6], torch.Generator().manual_seed(3)
     for _ in range(30):
-        plain.append(sample_logits(model(torch.tensor([plain]))[:, -1], generator=generator, **options).item())
+        plain.append(
+            sample_logits(
+                model(torch.tensor([plain]))[:, -1], generator=generator, **options
+            ).item()
+        )
     assert cached == plain[2:]
 
 
 def test_a_batch_of_samples_differs_and_the_seed_repeats(model):
-    draw = lambda seed: new_tokens(model, [1], n_samples=3, max_new_tokens=20, temperature=1.0, seed=seed)
+    def draw(seed):
+        options = dict(n_samples=3, max_new_tokens=20, temperature=1.0)
+        return new_tokens(model, [1], seed=seed, **options)
+
     assert draw(0) == draw(0) != draw(1)
     assert len({tuple(sample) for sample in draw(0)}) == 3
     greedy = new_tokens(model, [1], n_samples=2, max_new_tokens=20, temperature=0)
@@ -106,15 +136,20 @@ def test_a_batch_of_samples_differs_and_the_seed_repeats(model):
 
 def test_top_k_top_p_and_temperature():
     logits = torch.tensor([[0.5, 0.1, 0.3, 0.1 - 1e-6]]).log().expand(4000, -1)
-    draw = lambda **o: sample_logits(logits, **dict(dict(temperature=1, top_k=0, top_p=1), **o), generator=None)
-    share = lambda tokens: (tokens.bincount(minlength=4) / 4000).tolist()
+
+    def share(temperature=1, top_k=0, top_p=1):
+        tokens = sample_logits(logits, temperature, top_k, top_p, generator=None)
+        return (tokens.bincount(minlength=4) / 4000).tolist()
+
     torch.manual_seed(0)
-    assert share(draw()) == pytest.approx([0.5, 0.1, 0.3, 0.1], abs=0.04)
-    assert share(draw(top_k=2)) == pytest.approx([5 / 8, 0, 3 / 8, 0], abs=0.04)
-    assert share(draw(top_p=0.6)) == pytest.approx([5 / 8, 0, 3 / 8, 0], abs=0.04)  # 0.5 is too little, 0.8 enough
-    assert share(draw(top_p=0.4)) == [1, 0, 0, 0]
-    assert share(draw(temperature=0)) == [1, 0, 0, 0]
-    assert share(draw(temperature=0.5))[0] == pytest.approx(0.25 / (0.25 + 0.09 + 0.02), abs=0.04)
+    assert share() == pytest.approx([0.5, 0.1, 0.3, 0.1], abs=0.04)
+    assert share(top_k=2) == pytest.approx([5 / 8, 0, 3 / 8, 0], abs=0.04)
+    assert share(top_p=0.6) == pytest.approx(
+        [5 / 8, 0, 3 / 8, 0], abs=0.04
+    )  # 0.5 is too little, 0.8 enough
+    assert share(top_p=0.4) == [1, 0, 0, 0]
+    assert share(temperature=0) == [1, 0, 0, 0]
+    assert share(temperature=0.5)[0] == pytest.approx(0.25 / (0.25 + 0.09 + 0.02), abs=0.04)
 
 
 def test_ids_outside_the_tokenizer_are_never_drawn(model):
@@ -123,7 +158,9 @@ def test_ids_outside_the_tokenizer_are_never_drawn(model):
 
 
 def test_each_sample_stops_at_end_of_text(model):
-    samples = new_tokens(model, [1], n_samples=4, max_new_tokens=60, temperature=3.0, n_vocab=8, eot=7)
+    samples = new_tokens(
+        model, [1], n_samples=4, max_new_tokens=60, temperature=3.0, n_vocab=8, eot=7
+    )
     assert all(7 not in tokens for tokens in samples)
     for tokens in samples:
         length = tokens.index(None) if None in tokens else len(tokens)
@@ -136,9 +173,12 @@ def test_each_sample_stops_at_end_of_text(model):
 @pytest.mark.parametrize(
     "prompt,options,message",
     [
-        ([], {}, "the prompt is empty"), ([320], {}, "outside the model's vocabulary of 320"),
+        ([], {}, "the prompt is empty"),
+        ([320], {}, "outside the model's vocabulary of 320"),
         ([1], dict(n_samples=0), "at least 1"),
-        ([1], dict(top_p=0), "top_p"), ([1], dict(temperature=-1), "temperature"), ([1], dict(top_k=-1), "top_k"),
+        ([1], dict(top_p=0), "top_p"),
+        ([1], dict(temperature=-1), "temperature"),
+        ([1], dict(top_k=-1), "top_k"),
     ],
 )
 def test_generate_refuses_in_one_line(model, prompt, options, message):
@@ -152,8 +192,8 @@ def test_characters_of_several_bytes_are_written_whole(model, capsys):
     ids = load_tokenizer("byte").encode(text)
 
     class Parrot(Transformer):  # says the text, byte by byte, whatever it is asked
-        def forward(self, tokens, targets=None, index=None, cache=None):
-            said = 0 if index is None else index.item()
+        def forward(self, tokens, targets=None, position=None, cache=None):
+            said = 0 if position is None else position.item()
             return torch.nn.functional.one_hot(torch.tensor([[ids[said]]]), 320).float()
 
     with torch.device("cpu"):
@@ -167,17 +207,22 @@ def test_the_script(model, tmp_path):
     path = tmp_path / "step-00000001.pt"
     code, one, _ = sample("--checkpoint", path, "--prompt", "def", "--max_new_tokens", 10)
     assert code == 0 and one.startswith("def")
-    code, piped, _ = sample("--checkpoint", path, "--prompt", "-", "--max_new_tokens", 10, stdin="def")
+    code, piped, _ = sample(
+        "--checkpoint", path, "--prompt", "-", "--max_new_tokens", 10, stdin="def"
+    )
     assert piped == one
     code, several, _ = sample("--checkpoint", path, "--n_samples", 3, "--max_new_tokens", 10)
     assert code == 0 and [line for line in several.split("\n") if line.startswith("--- ")] == [
-        "--- 1 of 3 ---", "--- 2 of 3 ---", "--- 3 of 3 ---"
+        "--- 1 of 3 ---",
+        "--- 2 of 3 ---",
+        "--- 3 of 3 ---",
     ]
 
     broken = tmp_path / "broken.pt"
     broken.write_bytes(path.read_bytes()[:1000])
     for args, message in [
-        (("--checkpoint", tmp_path / "none.pt"), "no checkpoint at"), (("--checkpoint", broken), "damaged"),
+        (("--checkpoint", tmp_path / "none.pt"), "no checkpoint at"),
+        (("--checkpoint", broken), "damaged"),
         (("--checkpoint", path, "--top", 5), "unknown option --top: did you mean --top_"),
         (("--checkpoint", path, "--device", "tpu"), "device 'tpu' is not available"),
         (("--checkpoint", path, "--seed", "x"), "invalid int value"),
@@ -189,30 +234,45 @@ def test_the_script(model, tmp_path):
 
 def test_output_that_nobody_reads_ends_quietly(model, tmp_path):
     save(model, tmp_path)
-    script = f"{sys.executable} {ROOT}/sample.py --checkpoint {tmp_path} --prompt abc --max_new_tokens 60 | head -c 1"
+    command = f"{sys.executable} {ROOT}/sample.py --checkpoint {tmp_path}"
+    script = f"{command} --prompt abc --max_new_tokens 60 | head -c 1"
     done = subprocess.run(script, shell=True, capture_output=True, text=True)
     note = f"{tmp_path}/best.pt: step 1, held-out loss 1.2500\n"  # and no traceback
     assert (done.stdout, done.stderr) == ("a", note)
 
 
 def test_an_id_that_is_no_token_is_written_as_unknown(model, capsys):
-    tokenizer = tiktoken.Encoding("gap", pat_str=".", mergeable_ranks={bytes([b]): b for b in range(256)},
-                                  special_tokens={"<|endoftext|>": 319})
+    tokenizer = tiktoken.Encoding(
+        "gap",
+        pat_str=".",
+        mergeable_ranks={bytes([b]): b for b in range(256)},
+        special_tokens={"<|endoftext|>": 319},
+    )
     write_samples(model, tokenizer, "a", n_samples=3, max_new_tokens=40, temperature=5.0)
     assert "\ufffd" in capsys.readouterr().out
 
 
 def test_the_device_is_what_was_asked_for():
     assert pick_device("cpu") == "cpu"
-    with pytest.raises(ValueError, match="device 'cuda:0' is not available here: choose from .*cpu"):
+    with pytest.raises(
+        ValueError, match="device 'cuda:0' is not available here: choose from .*cpu"
+    ):
         pick_device("cuda:0")
 
 
-@pytest.mark.parametrize("n_moe,chip,dtype,takes", [
-    (0, 8, torch.float32, True), (1, 8, torch.bfloat16, False), (1, 9, torch.float32, False), (1, 9, torch.bfloat16, True)
-])
+@pytest.mark.parametrize(
+    "n_moe,chip,dtype,takes",
+    [
+        (0, 8, torch.float32, True),
+        (1, 8, torch.bfloat16, False),
+        (1, 9, torch.float32, False),
+        (1, 9, torch.bfloat16, True),
+    ],
+)
 def test_graphs_are_for_what_needs_no_cpu(n_moe, chip, dtype, takes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (chip, 0))
     weight = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype)
-    fake = SimpleNamespace(embed=SimpleNamespace(weight=weight), moes=lambda: [None] * n_moe, compute_dtype=None)
+    fake = SimpleNamespace(
+        embed=SimpleNamespace(weight=weight), moes=lambda: [None] * n_moe, compute_dtype=None
+    )
     assert can_capture(fake) == takes and not can_capture(Transformer(Config(**TINY)))

@@ -91,8 +91,12 @@ def test_the_library_reads_what_we_write(name, small, monkeypatch):
         ours = load_tokenizer("byte")
     else:
         ranks = JsonTokenizer(small.to_str())._mergeable_ranks
-        ours = tiktoken.Encoding(name, pat_str=pattern_of(name, monkeypatch), mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": 0, "<|endofprompt|>": 700})
+        ours = tiktoken.Encoding(
+            name,
+            pat_str=pattern_of(name, monkeypatch),
+            mergeable_ranks=ranks,
+            special_tokens={"<|endoftext|>": 0, "<|endofprompt|>": 700},
+        )
     text = to_json(ours)
     theirs = tokenizers.Tokenizer.from_str(text)
     assert_same_ids(ours, theirs)
@@ -209,8 +213,11 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("model/end_of_word_suffix", "</w>", "which has an end_of_word_suffix"),
         ("normalizer", {"type": "Lowercase"}, "which has the normalizer .*Lowercase"),
         ("post_processor", add_begin(), "a post_processor .TemplateProcessing. that adds tokens"),
-        ("post_processor", {"type": "Sequence", "processors": [{"type": "ByteLevel"}, add_begin()]},
-         "a post_processor .Sequence. that adds tokens"),
+        (
+            "post_processor",
+            {"type": "Sequence", "processors": [{"type": "ByteLevel"}, add_begin()]},
+            "a post_processor .Sequence. that adds tokens",
+        ),
         ("pre_tokenizer", DIGITS, "which has the pre_tokenizer .*Digits"),
         ("pre_tokenizer", {"type": "Metaspace", "replacement": "_"}, "pre_tokenizer .*Metaspace"),
         ("pre_tokenizer", split_by("[0-9]{1,3}+|."), "which has the pre_tokenizer"),

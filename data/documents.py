@@ -1,0 +1,326 @@
+"""From the inputs of data/prepare.py to documents. No file and no data set is held in memory."""
+
+import csv
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import os
+import sqlite3
+import sysconfig
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+PIECE = 1 << 20  # bytes of text read, tokenised and held per worker at a time
+
+# ---- sources: what the inputs on the command line stand for
+
+
+class Source(NamedTuple):
+    """A file of plain text (then rows is None), or the numbered rows of a file or data set."""
+
+    name: str  # for messages
+    path: Path | None
+    rows: Iterable[tuple[int, Any]] | None  # each row is a dict, or a line of JSON
+    found: bool = False  # in a folder, so it may turn out to hold no text
+
+
+def find_sources(inputs: list[str], field: str, downloads: Path) -> list[Source]:
+    """Resolve `inputs` in order, fetching URLs into `downloads`. Raises ValueError or OSError."""
+    if not inputs:
+        root = sysconfig.get_paths()["stdlib"]
+        excluded = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+        paths = [path for path in find_files(root, excluded) if path.suffix == ".py"]
+        return [Source(str(path), path, None, found=True) for path in paths]
+    sources = []
+    for text in inputs:
+        if text.startswith("hf:"):
+            sources.append(Source(text, None, open_dataset(text)))
+        elif text.lower().startswith(("http://", "https://")):
+            path = downloads / f"{len(sources)}-{Path(urlsplit(text).path).name[-100:]}"
+            download(text, path)
+            sources.append(Source(text, path, open_rows(text, path, field)))
+        elif os.path.isfile(text):
+            sources.append(Source(text, Path(text), open_rows(text, Path(text), field)))
+        elif os.path.isdir(text):
+            paths = list(find_files(text))
+            if not paths:
+                raise FileNotFoundError(f"no files in {text}")
+            for path in paths:
+                rows = open_rows(str(path), path, field)
+                sources.append(Source(str(path), path, rows, found=True))
+        else:
+            advice = "give a file, a folder, a URL or hf:NAME"
+            if any(character in text for character in "*?["):
+                advice = "no file matches this pattern, or quotes kept it from the shell"
+            raise FileNotFoundError(f"no such input: {text!r}: {advice}")
+    return sources
+
+
+def find_files(root: str, excluded: Iterable[str] = ()) -> Iterator[Path]:
+    """The files under the folder `root` in a fixed order, except in hidden folders and `excluded`.
+
+    Links are followed. Each folder is walked once, or a link to a folder above it would never end.
+    """
+
+    def fail(error: OSError) -> NoReturn:
+        raise error  # os.walk would pass over a folder that cannot be read
+
+    walked = set()
+    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in walked:
+            folders.clear()
+            continue
+        walked.add((status.st_dev, status.st_ino))
+        # os.walk descends into what is left in `folders`, in this order
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in excluded)
+        for path in (Path(folder, name) for name in sorted(files) if name[0] != "."):
+            if path.is_file():
+                yield path
+
+
+def download(url: str, path: Path) -> None:
+    """Stream `url` into the new file `path`. Raises OSError if that fails."""
+    import requests  # tiktoken brings it along
+
+    headers = {"Accept-Encoding": "identity"}  # a .gz must arrive as it is, not unpacked on the way
+    try:
+        with (requests.get(url, headers=headers, stream=True, timeout=60) as response,
+              open(path, "wb") as file,
+              tqdm(desc="downloading", unit="B", unit_scale=True, disable=None) as bar):
+            response.raise_for_status()
+            for chunk in response.iter_content(PIECE):
+                bar.update(file.write(chunk))
+    except requests.RequestException as error:
+        raise OSError(f"cannot download {url}: {error}") from error
+
+
+def open_dataset(spec: str) -> Iterator[tuple[int, dict]]:
+    """The rows of hf:NAME or hf:NAME:CONFIG, streamed. Raises ValueError if that fails."""
+    datasets = import_optional("datasets", spec)
+    name, _, config = spec.removeprefix("hf:").partition(":")
+    if not name.strip("/"):
+        raise ValueError(f"{spec} names no data set: write hf:NAME or hf:NAME:CONFIG")
+
+    def read() -> Iterator[tuple[int, dict]]:
+        try:
+            rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
+            yield from enumerate(rows, start=1)
+        except Exception as error:  # whatever the many libraries under it raise
+            raise ValueError(f"cannot read the train split of {spec}: {error}") from error
+
+    rows = read()
+    return chain(list(islice(rows, 1)), rows)  # the first row at once: most errors come with it
+
+
+def import_optional(module: str, name: str) -> ModuleType:
+    """Import `module`, which the input `name` needs. Raises ValueError if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{name} needs the package {module}: pip install '.[datasets]'") from error
+
+
+# ---- files, as pieces of text or as rows
+
+
+def open_file(path: Path) -> BinaryIO:
+    """The bytes of a file, unpacked if its name ends in .gz or .zst."""
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(path)
+    if path.name.lower().endswith(".zst"):
+        pyarrow = import_optional("pyarrow", path.name)
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+    return open(path, "rb")
+
+
+def read_pieces(stream: BinaryIO) -> Iterator[bytes]:
+    """All of `stream` in pieces of at most PIECE bytes, cut at line ends or else characters."""
+    rest = b""
+    while block := stream.read(PIECE - len(rest)):
+        rest += block
+        if len(rest) == PIECE:
+            cut = rest.rfind(b"\n") + 1
+            if not cut:
+                cut = PIECE - 1
+                while cut > 0 and rest[cut] & 0xC0 == 0x80:  # not the first byte of a character
+                    cut -= 1
+            yield rest[:cut]
+            rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def open_rows(name: str, path: Path, field: str) -> Iterator[tuple[int, Any]] | None:
+    """The numbered rows of a file, as the ending of its name says; None if it is plain text."""
+    ending = path.name.lower()
+    kind = Path(ending.removesuffix(".gz").removesuffix(".zst")).suffix
+    if kind == ".parquet" or ending.endswith(".zst"):
+        import_optional("pyarrow.parquet", name)  # now, not when it is read after hours
+    if kind in (".jsonl", ".ndjson", ".json"):
+        return read_jsonl(path)
+    if kind == ".csv":
+        return read_csv(path)
+    return read_parquet(path, field) if kind == ".parquet" else None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not empty, numbered."""
+    with open_file(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows after the first, which names the fields, each with the number of its last line."""
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than many a text
+    # surrogateescape: bytes that are not UTF-8 make their own row a bad one, and no other
+    with io.TextIOWrapper(open_file(path), "utf-8-sig", "surrogateescape", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            yield reader.line_num, row
+
+
+def read_parquet(path: Path, field: str) -> Iterator[tuple[int, dict]]:
+    """The rows, numbered: of their fields only `field`, or all if it is not among them."""
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        fields = [field] if field in file.schema_arrow.names else None
+        batches = file.iter_batches(batch_size=100, columns=fields)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+    except pyarrow.ArrowException as error:
+        raise OSError(error) from error
+
+
+# ---- documents
+
+Document = tuple[int, Iterable[bytes]]  # a text's hash, and the text in UTF-8, piece by piece
+
+
+@dataclass
+class LeftOut:
+    """Counts what does not become a document."""
+
+    skipped_files: int = 0  # in folders, without text
+    dropped_documents: int = 0  # duplicate or empty
+    skipped_rows: int = 0
+    rows: int = 0  # the skipped ones included
+    examples: tuple[str, ...] = ()  # the first three skipped rows
+
+    def check_rows(self, field: str, at_least: int = 0) -> None:
+        """Raises ValueError if more than 1% of the rows, or of `at_least`, were skipped."""
+        if self.skipped_rows > max(self.rows, at_least) / 100:
+            raise ValueError(f"{self.skipped_rows:,} of {self.rows:,} rows, more than 1%, have no "
+                             f"valid text in the field {field!r}: {'; '.join(self.examples)}: mend "
+                             "them or name another --field")
+
+
+def read_documents(sources: list[Source], field: str, left_out: LeftOut) -> Iterator[Document]:
+    """All documents of `sources`, in order. Raises ValueError or OSError, naming the file."""
+    for source in sources:
+        try:
+            if source.rows is None:
+                yield from read_text(source, left_out)
+            else:
+                yield from read_rows(source, field, left_out)
+        except (EOFError, zlib.error, csv.Error, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # of the system, not of what is read
+                raise
+            raise ValueError(f"{source.name} is damaged, fetch it again: {error}") from error
+    left_out.check_rows(field)
+
+
+def read_text(source: Source, left_out: LeftOut) -> Iterator[Document]:
+    """A plain-text file. It may not fit in memory, so it is read twice: for its hash, as text."""
+    try:
+        with open_file(source.path) as file:
+            digest = content_hash(check_text(read_pieces(file)))
+    except ValueError as error:
+        if not source.found:
+            raise ValueError(f"{source.name} is not UTF-8 text: convert or omit it") from error
+        left_out.skipped_files += 1
+        return
+    with open_file(source.path) as file:
+        yield digest, read_pieces(file)
+
+
+def check_text(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Pass `pieces` on. Raises ValueError if they are not UTF-8, or have a zero byte as no text."""
+    for piece in pieces:
+        if "\0" in piece.decode():
+            raise ValueError("zero byte")
+        yield piece
+
+
+def read_rows(source: Source, field: str, left_out: LeftOut) -> Iterator[Document]:
+    """The texts of rows. A file in a folder is skipped if its first 100 rows have none."""
+    rows = iter(source.rows)
+    first = list(islice(rows, 100))
+    if source.found and all(row_text(row, field) is None for _, row in first):
+        left_out.skipped_files += 1
+        return
+    for number, row in chain(first, rows):
+        left_out.rows += 1
+        text = row_text(row, field)
+        if text is not None:
+            yield content_hash([text]), read_pieces(io.BytesIO(text))
+            continue
+        left_out.skipped_rows += 1
+        if left_out.skipped_rows <= 3:
+            left_out.examples += (f"{source.name}:{number}: {row!r:.80}",)
+        left_out.check_rows(field, at_least=1000)  # not after hours; ten may come first
+
+
+def row_text(row: Any, field: str) -> bytes | None:
+    """The UTF-8 text in the `field` of a row, a dict or a line of JSON; None if there is none."""
+    try:
+        row = json.loads(row) if isinstance(row, bytes) else row
+        return row[field].encode() if isinstance(row, dict) else None
+    except (ValueError, RecursionError, KeyError, AttributeError):
+        return None
+
+
+def drop_duplicates(documents: Iterable[Document], digests: array,
+                    left_out: LeftOut) -> Iterator[Iterable[bytes]]:
+    """The texts of documents that are not empty and not seen before; appends their hashes.
+
+    SQLite looks the hashes up: what exceeds its cache is on the disk.
+    """
+    insert = "INSERT OR IGNORE INTO seen VALUES (?)"
+    try:
+        with closing(sqlite3.connect("")) as table:
+            table.execute("PRAGMA cache_size = -65536")  # KiB
+            table.execute("CREATE TABLE seen (digest INTEGER PRIMARY KEY)")  # from -2**63 on
+            table.execute(insert, [content_hash([]) - 2**63])
+            for digest, text in documents:
+                if table.execute(insert, [digest - 2**63]).rowcount:
+                    digests.append(digest)
+                    yield text
+                else:
+                    left_out.dropped_documents += 1
+    except sqlite3.OperationalError as error:
+        raise OSError(f"cannot store the hashes of all documents: {error}: set TMPDIR to a folder "
+                      "with more room") from error
+
+
+def content_hash(pieces: Iterable[bytes]) -> int:
+    """A hash of 64 bits. The chance that any two of 100 million texts share theirs is 0.03%."""
+    state = hashlib.blake2b(digest_size=8)
+    for piece in pieces:
+        state.update(piece)
+    return int.from_bytes(state.digest())

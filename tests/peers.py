@@ -1,0 +1,240 @@
+"""Other projects, as train.py runs ours: python tests/peers.py PEER [config] [--field value ...]
+
+A peer takes the options of train.py and leaves a log.jsonl like ours in --out: loss, tokens_per_s
+and on CUDA memory_gib of each update. Each is one process, so a signal ends it at once; a run that
+was stopped starts again from nothing.
+
+nanoGPT: its own train.py runs, unchanged, from a clone at $NANOGPT (by default beside this
+project). It has what train.py has with these options: tokens, batch, number of updates, learning
+rates (in the warm-up lower by one part in steps / 20 + 1), the settings of AdamW, clipping,
+bfloat16 and torch.compile. It draws its batches from random places as ours does, but its seed is
+fixed. Of the model it takes layers, heads, width, context and vocabulary; there are no biases and
+no dropout. nanoGPT estimates its held-out loss from some random batches. Here it is measured as
+ours is, by sample.evaluate: the model that nanoGPT has trained, in the precision in which it was
+trained, on the first eval_tokens of the held-out tokens. This is the last line of the log.
+
+transformers: its Qwen3 or Qwen3-MoE in our config's shape. There is no script to run, so it is a
+loop in this file, on random tokens that are on the GPU already. Weights, gradients and moments are
+bfloat16; those of transformers-float32 are float32, and its products bfloat16 as ours are.
+"""
+
+import importlib.util
+import io
+import os
+import pickle
+import re
+import runpy
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import chdir, nullcontext, redirect_stdout
+from pathlib import Path
+
+if __name__ == "__main__":  # Python looks for modules in this file's folder, not in the one above
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from torch import Tensor, nn
+
+from data.figures import PEAK_FLOPS, flops_per_token, of_gpu
+from data.log import Log
+from data.script import run_script
+from data.tokens import open_tokens
+from kha import Config, Transformer
+from sample import bits_per_byte, evaluate, pick_device
+from train import TrainConfig, check_run, make_optimizer, parse_config
+
+ROOT = Path(__file__).resolve().parent.parent
+CLONE = Path(os.environ.get("NANOGPT", ROOT.parent / "nanoGPT")).resolve()
+PEERS = ("nanoGPT", "transformers", "transformers-float32")
+
+
+def split_command(command: str) -> tuple[str, list[str]]:
+    """The peer that a command starts with, "" if it is one of train.py, and the options."""
+    words = command.split()
+    return (words[0], words[1:]) if words[0] in PEERS else ("", words)
+
+
+def missing(peer: str) -> str:
+    """Why a peer cannot run here, in one line; "" if it can."""
+    if peer.startswith("transformers") and not importlib.util.find_spec("transformers"):
+        return "transformers is not installed: pip install transformers"
+    for name in ("train.py", "model.py", "configurator.py"):
+        if peer == "nanoGPT" and not (CLONE / name).is_file():
+            return (
+                f"no clone of nanoGPT at {CLONE} ({name} is missing): git clone"
+                " https://github.com/karpathy/nanoGPT, and set NANOGPT to its folder"
+            )
+    return ""
+
+
+def log_update(log: Log, device: str, **update: float) -> None:
+    """Write an update as train.py does; none is skipped here."""
+    if device == "cuda":
+        update["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    log.count(update["loss"], finite=True)
+    log.write(**update, spikes=log.spikes, skipped=log.skipped)
+
+
+# ---- nanoGPT
+
+
+def nanogpt_options(config: Config, train: TrainConfig, folder: str, device: str) -> list[str]:
+    """The command line of nanoGPT's train.py. `folder` holds the tokens."""
+    on_gpu = device == "cuda"
+    settings = dict(
+        dataset=folder, out_dir=folder,  # it comes to no evaluation at which it saves
+        n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+        block_size=config.block_size, dropout=0.0, bias=False,
+        batch_size=train.micro_batch,
+        gradient_accumulation_steps=train.batch_tokens // (train.micro_batch * config.block_size),
+        max_iters=train.steps - 1,  # it does one more
+        learning_rate=train.lr, min_lr=train.lr / 10,
+        warmup_iters=max(1, train.steps // 20), lr_decay_iters=train.steps,
+        weight_decay=train.weight_decay, beta1=train.beta1, beta2=train.beta2,
+        grad_clip=train.grad_clip,
+        eval_interval=train.steps, eval_iters=1,  # before the first update it always evaluates
+        device=device, dtype="bfloat16" if on_gpu else "float32",
+        compile=train.compile and on_gpu,  # its README advises not to on a CPU
+    )  # fmt: skip
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def read_update(line: str, batch_tokens: int) -> dict[str, float] | None:
+    """An update in a line of nanoGPT's output; None if the line is about something else."""
+    match = re.match(r"iter (\d+): loss (\S+), time (\S+)ms", line)
+    if not match:
+        return None
+    speed = batch_tokens / (float(match[3]) / 1000)
+    return {"step": int(match[1]) + 1, "loss": float(match[2]), "tokens_per_s": speed}
+
+
+class Lines(io.TextIOBase):
+    """An output from which `take` gets each line, too."""
+
+    def __init__(self, output: io.TextIOBase, take: Callable[[str], None]):
+        self.output, self.take, self.rest = output, take, ""
+
+    def write(self, text: str) -> int:
+        self.output.write(text)
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            self.take(line)
+        return len(text)
+
+
+class Loss(nn.Module):
+    """nanoGPT's model, called as ours is: tokens and targets (B, T) to the loss, a scalar."""
+
+    def __init__(self, gpt: nn.Module):
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return self.gpt(tokens, targets.contiguous())[1]
+
+
+def run_nanogpt(config: Config, train: TrainConfig, device: str) -> None:
+    """Run its train.py, and measure the held-out loss of what it has trained."""
+    meta = check_run(config, train, None, device)
+    if meta["dtype"] != "uint16":
+        raise ValueError(f"{train.data} has ids of {meta['dtype']}, and nanoGPT reads uint16 only:"
+                         " prepare the text with --tokenizer gpt2")
+    held_out = open_tokens(train.data, "val")[: train.eval_tokens + 1]
+    log = Log(train.out, 0)
+
+    def take(line: str) -> None:
+        if update := read_update(line, train.batch_tokens):
+            log_update(log, device, **update)
+
+    with tempfile.TemporaryDirectory(dir=os.path.abspath(train.out)) as folder:
+        for name in ("train.bin", "val.bin"):
+            os.symlink(Path(train.data, name).resolve(), Path(folder, name))
+        Path(folder, "meta.pkl").write_bytes(pickle.dumps({"vocab_size": config.vocab_size}))
+        sys.argv = ["train.py", *nanogpt_options(config, train, folder, device)]
+        sys.path.insert(0, str(CLONE))  # as Python does for a script there
+        with chdir(CLONE), redirect_stdout(Lines(sys.stdout, take)):
+            trained = runpy.run_path("train.py", run_name="__main__")
+    model = Loss(getattr(trained["raw_model"], "_orig_mod", trained["raw_model"]))  # not compiled
+    with trained["ctx"]:
+        loss = evaluate(model, held_out, config.block_size, train.micro_batch, device).item()
+    bpb = bits_per_byte(loss, meta["val"])
+    log.write(step=train.steps, val_loss=loss, val_bpb=bpb, knocks={})
+    print(f"step {train.steps}: held-out loss {loss:.4f} nats per token, {bpb:.4f} bits per byte")
+
+
+# ---- transformers
+
+
+def build_transformers(config: Config, dtype: torch.dtype, device: str) -> nn.Module:
+    """transformers' Qwen3 or Qwen3-MoE in our config's shape."""
+    import transformers
+
+    shape = dict(
+        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.d_ff,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_kv_head, head_dim=config.head_dim, tie_word_embeddings=True,
+        max_position_embeddings=config.block_size, attn_implementation="sdpa",
+    )  # fmt: skip
+    name = "Qwen3"
+    if config.n_expert:
+        name = "Qwen3Moe"
+        shape |= dict(
+            moe_intermediate_size=config.d_ff, num_experts=config.n_expert,
+            num_experts_per_tok=config.top_k, norm_topk_prob=True,
+            experts_implementation="grouped_mm",
+        )  # fmt: skip
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        settings = getattr(transformers, f"{name}Config")(**shape)
+        model = getattr(transformers, f"{name}ForCausalLM")(settings)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def run_transformers(config: Config, train: TrainConfig, device: str, dtype: torch.dtype) -> None:
+    """Train it on random tokens, the same in each update."""
+    model = build_transformers(config, dtype, device).train()
+    optimizer = make_optimizer(model, train)
+    tokens = torch.randint(config.vocab_size, (train.micro_batch, config.block_size), device=device)
+    n_micro = train.batch_tokens // tokens.numel()
+    casts = torch.autocast(device, torch.bfloat16) if dtype == torch.float32 else nullcontext()
+    with torch.device("meta"):
+        flops = flops_per_token(Transformer(config), config.block_size)
+    peak = of_gpu(PEAK_FLOPS, torch.cuda.get_device_name()) if device == "cuda" else None
+    log, start = Log(train.out, 0), time.perf_counter()
+    for step in range(train.steps):
+        total = torch.zeros((), device=device)
+        for _ in range(n_micro):
+            with casts:
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss / n_micro
+            loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        total, now = total.item(), time.perf_counter()  # item() waits for the device
+        speed, start = train.batch_tokens / (now - start), now
+        mfu = {"mfu": speed * flops / peak} if peak else {}
+        log_update(log, device, step=step + 1, loss=total, tokens_per_s=speed, **mfu)
+
+
+def main(argv: list[str]) -> None:
+    """The command line. Raises ValueError or OSError for bad input."""
+    peer, options = argv[0] if argv else "", argv[1:]
+    if peer not in PEERS:
+        raise ValueError(f"name a peer first, one of {', '.join(PEERS)}; then options of train.py")
+    if reason := missing(peer):
+        raise FileNotFoundError(reason)
+    config, train, _ = parse_config(options)
+    device = pick_device(train.device)
+    if peer == "nanoGPT":
+        run_nanogpt(config, train, device)
+    else:
+        dtype = torch.float32 if peer == "transformers-float32" else torch.bfloat16
+        run_transformers(config, train, device, dtype)
+
+
+if __name__ == "__main__":
+    run_script(main)

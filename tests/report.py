@@ -1,0 +1,366 @@
+"""What runs of train.py leave, and what the studies of tests/study.py found, in tables.
+
+A result is a line of JSON that study.py writes when a run ends. plot.py draws the pictures.
+"""
+
+import fcntl
+import json
+import math
+import os
+import re
+import statistics
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.checkpoint import list_checkpoints, load_checkpoint
+
+
+class Run(NamedTuple):
+    """A run of train.py. Its baseline is the run of the same group and seed without knocks."""
+
+    group: str
+    kind: str
+    seed: int
+    command: str
+
+
+class Study(NamedTuple):
+    """What tells the groups of runs apart; the runs, the most valuable first; and the tokenizer of
+    the data on which they are trained."""
+
+    groups: str
+    runs: list[Run]
+    tokenizer: str = "byte"
+
+
+# ---- what a run leaves
+
+
+def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
+    """The updates and the evaluations in a run's log.jsonl; none if there is no such file."""
+    path = folder / "log.jsonl"
+    texts = path.read_text().split("\n")[:-1] if path.exists() else []  # whole lines
+    lines = [json.loads(text) for text in texts]
+    updates = [line for line in lines if "loss" in line]
+    return updates, [line for line in lines if "val_loss" in line]
+
+
+def last_step(folder: Path) -> int:
+    """The last step in a run's log.jsonl, which may be growing; 0 if there is none."""
+    path = folder / "log.jsonl"
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - (1 << 16)))
+        steps = re.findall(rb'"step": (\d+),.*\n', file.read())
+    return int(steps[-1]) if steps else 0
+
+
+def saved_step(folder: Path) -> int:
+    """The step of a run's newest checkpoint; 0 if there is none."""
+    names = [Path(path).stem for path in list_checkpoints(str(folder))]
+    return int(names[0].removeprefix("step-")) if names else 0
+
+
+def rounded(number: float | str, digits: int) -> float | None:
+    """A number of a log, where text stands for what is not finite; in the results None does."""
+    number = float(number)
+    return round(number, digits) if math.isfinite(number) else None
+
+
+def knock_figures(knocks: dict[str, list[float]]) -> dict[str, list]:
+    """Of each knock matrix, by layer, the mean of the diagonal and the norm of the rest."""
+    figures = {}
+    for name, (diagonal, rest) in knocks.items():
+        name = re.sub(r"blocks\.\d+\.(attn\.)?", "", name)
+        figures.setdefault(name, []).append([rounded(diagonal, 4), rounded(rest, 4)])
+    return figures
+
+
+def knock_matrices(folder: Path | str) -> dict[str, np.ndarray]:
+    """The knock matrices in a run's newest checkpoint, each (head_dim, head_dim), float16 in
+    steps of 1/256: more than a picture shows, and small when compressed."""
+    weights = load_checkpoint(str(folder))[1]["model"]
+    knocks = {name: p for name, p in weights.items() if "knock" in name}
+    return {name: ((p * 256).round() / 256).half().numpy() for name, p in knocks.items()}
+
+
+# ---- the results files
+
+
+def read_results(folder: Path) -> list[dict]:
+    """The results of all studies. Raises ValueError, naming the line, if one is damaged."""
+    results, places = [], {}
+    for path in sorted(folder.glob("*.jsonl")):
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)  # not while another process writes
+            texts = file.read().splitlines(keepends=True)
+        for number, text in enumerate(texts, start=1):
+            place = f"{path}, line {number}"
+            try:
+                result = json.loads(text)
+                key = result["run"], result["data"]
+                if not text.endswith(b"\n"):
+                    raise ValueError("its end is missing")
+            except (ValueError, LookupError, TypeError) as error:
+                advice = "delete it, and its run will be done again"
+                raise ValueError(f"{place} is damaged ({error}): {advice}") from error
+            if key in places:
+                raise ValueError(f"{place} is the same run as {places[key]}: delete one of them")
+            places[key] = place
+            results.append(result)
+    return results
+
+
+def append_result(path: Path, result: dict) -> None:
+    """Add a line to a results file. It appears whole or, if the disk is full, not at all."""
+    text = json.dumps(result, allow_nan=False).encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size = os.path.getsize(path)
+        if file.write(text) < len(text):
+            file.truncate(size)
+            raise OSError(f"{path} cannot grow, the disk is full: it is as it was before")
+        os.fsync(file.fileno())
+
+
+# ---- statistics
+
+# The 97.5% quantile of Student's t with 1, 2, ... degrees of freedom.
+T975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+    2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean, and half the 95% interval around it: nan for a single value."""
+    n = len(values)
+    half = T975[n - 2] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return statistics.fmean(values), half
+
+
+class Findings:
+    """The results of a study that are of the same data, by group, kind and seed."""
+
+    def __init__(self, study: Study, results: list[dict]):
+        by_run = {result["run"]: result for result in results}
+        self.study = study
+        self.groups = list(dict.fromkeys(run.group for run in study.runs))
+        self.kinds = list(dict.fromkeys(run.kind for run in study.runs))
+        self.results = {}  # (group, kind): {seed: result}
+        for run in study.runs:
+            if run.command in by_run:
+                of_kind = self.results.setdefault((run.group, run.kind), {})
+                of_kind[run.seed] = by_run[run.command]
+
+    def pairs(self, group: str, kind: str) -> list[tuple[dict, dict]]:
+        """The results of a kind with those of its baselines, where neither diverged.
+
+        Raises ValueError if two differ in more than their knocks.
+        """
+        pairs = []
+        baselines = self.results.get((group, "none"), {}) if kind != "none" else {}
+        for seed, result in self.results.get((group, kind), {}).items():
+            baseline = baselines.get(seed)
+            if baseline is None or None in (result["val_loss"], baseline["val_loss"]):
+                continue
+            for name in result["settings"].keys() & baseline["settings"].keys():
+                same = result["settings"][name] == baseline["settings"][name]
+                if not same and not name.startswith("knock"):
+                    raise ValueError(
+                        f"the runs {result['run']!r} and {baseline['run']!r} differ in {name}, for"
+                        " they are of two versions: delete the older line and run the study again"
+                    )
+            pairs.append((result, baseline))
+        return pairs
+
+    def differences(self, group: str, kind: str) -> list[float]:
+        """The held-out losses of a kind less those of its baselines."""
+        return [one["val_loss"] - two["val_loss"] for one, two in self.pairs(group, kind)]
+
+    def sensitivity(self, kind: str) -> dict[int, float]:
+        """By seed, how much the loss depends on the learning rate, which the groups are.
+
+        LR sensitivity as Wortsman et al. 2023 define it (arXiv 2309.14322): the mean over the
+        learning rates of min(loss, loss at initialisation), less the loss at the best of them.
+        Only seeds with a run at every learning rate count.
+        """
+        by_rate = [self.results.get((group, kind), {}) for group in self.groups]
+        found = {}
+        for seed in sorted(set.intersection(*map(set, by_rate))):
+            runs = [by_seed[seed] for by_seed in by_rate]
+            losses = [min(run["first_loss"], run["val_loss"] or math.inf) for run in runs]
+            found[seed] = statistics.fmean(losses) - min(losses)
+        return found
+
+
+def by_data(study: Study, results: list[dict]) -> list[Findings]:
+    """A study's findings on each data, those with most results first."""
+    commands = {run.command for run in study.runs}
+    sets = {}
+    for result in results:
+        if result["run"] in commands:
+            sets.setdefault(result["data"], []).append(result)
+    return [Findings(study, some) for some in sorted(sets.values(), key=len, reverse=True)]
+
+
+# ---- tables
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table, its first row the head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:], ""])
+
+
+def difference_cells(differences: list[float]) -> list[str]:
+    """The two last cells of a row: mean difference with its interval, and number of pairs."""
+    if not differences:
+        return ["", ""]
+    mean, half = interval(differences)
+    text = f"{mean:+.4f}".replace("-", "−")
+    return [text + f" ± {half:.4f}" * (len(differences) > 1), str(len(differences))]
+
+
+def loss_table(findings: Findings) -> str:
+    """A row for each group and kind: means and sums over seeds, and the difference to none."""
+    groups = findings.study.groups
+    head = ["knocks", "held-out loss", "bits per byte", "spikes", "skipped", "runs",
+            "difference", "pairs"]  # fmt: skip
+    rows = [[groups, *head] if groups else head]
+    for group in findings.groups:
+        for kind in findings.kinds:
+            runs = findings.results.get((group, kind), {}).values()
+            if not runs:
+                continue
+            ended = [run for run in runs if run["val_loss"] is not None]
+            row = [group, kind] if groups else [kind]
+            for key in ("val_loss", "val_bpb"):
+                mean = f"{statistics.fmean(run[key] for run in ended):.4f}" if ended else "diverged"
+                row.append(mean)
+            row += [str(sum(run[key] for run in runs)) for key in ("spikes", "skipped")]
+            n_diverged = len(runs) - len(ended)
+            row.append(f"{len(runs)}" + f" ({n_diverged} diverged)" * (n_diverged > 0))
+            rows.append(row + difference_cells(findings.differences(group, kind)))
+    return markdown(rows)
+
+
+def sensitivity_table(findings: Findings) -> str:
+    """A row for each kind; "" if no seed has a run at every learning rate."""
+    rows = [["knocks", "learning-rate sensitivity", "seeds", "difference", "pairs"]]
+    baselines = findings.sensitivity("none")
+    for kind in findings.kinds:
+        if found := findings.sensitivity(kind):
+            seeds = found.keys() & baselines.keys() if kind != "none" else []
+            cells = difference_cells([found[seed] - baselines[seed] for seed in seeds])
+            mean = statistics.fmean(found.values())
+            rows.append([kind, f"{mean:.4f}", str(len(found)), *cells])
+    return markdown(rows) if len(rows) > 1 else ""
+
+
+def seconds(run: dict, step: float | np.ndarray) -> float | np.ndarray:
+    """The time of so many updates of a run, each of its median time."""
+    return step * run["settings"]["batch_tokens"] / run["tokens_per_s"]
+
+
+def passing_step(run: dict, target: float) -> float:
+    """The update at which a run's held-out loss has come down to `target`, on a straight line from
+    one evaluation to the next; inf if it never has."""
+    last_step, last_loss = 0, math.inf
+    for step, loss, _ in run["evals"]:
+        if loss is not None and loss <= target:
+            share = (last_loss - target) / (last_loss - loss) if last_loss < math.inf else 1
+            return last_step + share * (step - last_step)
+        last_step, last_loss = step, math.inf if loss is None else loss
+    return math.inf
+
+
+def best_runs(findings: Findings) -> dict[str, dict]:
+    """Of each kind the run that ends at the lowest loss."""
+    best = {}
+    for (_, kind), by_seed in findings.results.items():
+        for run in by_seed.values():
+            if run["val_loss"] is not None:
+                best[kind] = min(best.get(kind, run), run, key=lambda run: run["val_loss"])
+    return best
+
+
+def time_table(findings: Findings) -> str:
+    """A row for each run of time_to_loss. The best of each kind says when it is where nanoGPT's
+    best run ends."""
+    rows = [["", "learning rate", "held-out loss", "bits per byte", "ktokens/s", "training, s",
+             "reaches nanoGPT's loss after", "sooner"]]  # fmt: skip
+    best = best_runs(findings)
+    theirs = best.get("nanoGPT")
+    for kind, group in product(findings.kinds, findings.groups):
+        for run in findings.results.get((group, kind), {}).values():
+            speed = run["tokens_per_s"]
+            row = [kind if kind == "nanoGPT" else f"ours, {kind}", group, "diverged", ""]
+            if run["val_loss"] is not None:
+                row[2:] = [f"{run['val_loss']:.4f}", f"{run['val_bpb']:.4f}"]
+            row += [f"{speed / 1e3:.1f}", f"{run['tokens'] / speed:.0f}", "", ""]
+            if theirs and kind != "nanoGPT" and run is best.get(kind):
+                step = passing_step(run, theirs["val_loss"])
+                row[-2] = "never"
+                if step < math.inf:
+                    time, share = seconds(run, step), step / run["settings"]["steps"]
+                    ratio = theirs["tokens"] / theirs["tokens_per_s"] / time
+                    row[-2:] = [f"{time:.0f} s, {share:.0%} of the updates", f"{ratio:.2f} x"]
+            rows.append(row)
+    return markdown(rows)
+
+
+DIFFERENCES = (
+    " Differences are to the run of the same seed without knocks, ± their 95% interval (Student's t"
+    " over the pairs)."
+)
+TIMES = (
+    " Seconds are those of training alone: updates times the median time of one, by each project's"
+    " log, without the start, compilation and evaluations. Between evaluations the loss is taken to"
+    " be a straight line."
+)
+
+
+def caption(findings: Findings, explains: str) -> str:
+    """What the numbers of a table are, and what its runs have in common."""
+    runs = [run for by_seed in findings.results.values() for run in by_seed.values()]
+    train, held_out = (f"{size / 1e6:.1f}M" for size in runs[0]["data_bytes"])
+    tokens = sorted({run["tokens"] for run in runs if run["val_loss"] is not None})
+    machines = sorted({f"{run['gpu']}, torch {run['torch']}" for run in runs})
+    unit = "byte" if findings.study.tokenizer == "byte" else "token"
+    return (
+        f"Losses in nats per {unit}, over {runs[0]['eval_tokens'] / 1e6:.1f}M {unit}s."
+        + explains
+        + f" {tokens[0] / 1e6:.0f}M {unit}s a run." * (len(tokens) == 1)
+        + f" Data: {train} bytes to train on, {held_out} held out, sha256 {runs[0]['data'][:16]}."
+        f" {'; '.join(machines)}.\n"
+    )
+
+
+def report(name: str, study: Study, results: list[dict]) -> str:
+    """What --table prints, in Markdown."""
+    parts = []
+    for findings in by_data(study, results):
+        if name == "time_to_loss":
+            parts += [time_table(findings), caption(findings, TIMES)]
+            continue
+        parts.append(loss_table(findings))
+        if name == "stability":
+            parts.append(sensitivity_table(findings))
+        parts.append(caption(findings, DIFFERENCES))
+    return "\n".join(part for part in parts if part) or "No run has ended yet.\n"
+
+
+def fill(text: str, studies: dict[str, Study], results: list[dict]) -> str:
+    """A README with each table between its marks, <!-- study NAME --> and <!-- end -->, renewed."""
+
+    def table(match: re.Match) -> str:
+        name = match[2]
+        return f"{match[1]}\n{report(name, studies[name], results)}{match[3]}"
+
+    return re.sub(r"(<!-- study (\w+) -->)\n.*?(<!-- end -->)", table, text, flags=re.DOTALL)

@@ -1,0 +1,205 @@
+"""The benchmark and the peers, on the CPU: tiny runs to their ends, with a stand-in for nanoGPT."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.tokens import open_tokens
+from tests import bench, peers, report, study
+from tests.runs import ROOT, SHAPE, environment
+from train import parse_config
+
+TINY = f"toy {' '.join(SHAPE)} --batch_tokens 256 --eval_tokens 512 --steps 24"
+DENSE = "--n_expert 0 --top_k 0"
+
+# What our scripts know of nanoGPT: files, options, the output, and the model's call.
+MODEL = """
+import torch
+
+class Even(torch.nn.Module):
+    def forward(self, tokens, targets):
+        return None, targets.view(-1).float().mean()
+"""
+TRAIN = """
+import json, sys
+from contextlib import nullcontext
+from model import Even
+
+given = dict(word.removeprefix("--").split("=") for word in sys.argv[1:])
+json.dump(given, open("given.json", "w"))
+open("configurator.py").close()  # a script there finds its files by their names alone
+ctx, raw_model = nullcontext(), Even()
+print("step 0: train loss 5.5054, val loss 5.6049")
+for i in range(int(given["max_iters"]) + 1):
+    print(f"iter {i}: loss {5 - i / 100:.4f}, time {10 + i:.2f}ms, mfu -100.00%")
+"""
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    folder = tmp_path / "nanoGPT"
+    folder.mkdir()
+    for name, text in (("model", MODEL), ("train", TRAIN), ("configurator", "")):
+        (folder / f"{name}.py").write_text(text)
+    monkeypatch.setenv("NANOGPT", str(folder))
+    monkeypatch.setattr(peers, "CLONE", folder)
+    return folder
+
+
+def run_peer(command, data, out="out"):
+    """The peer's run as a process; returns its log's updates and evaluations."""
+    options = [*command.split(), "--data", data, "--out", out]
+    done = subprocess.run([sys.executable, str(ROOT / "tests/peers.py"), *map(str, options)],
+                          env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return report.read_log(Path(out))
+
+
+def test_a_line_of_nanogpts_output():
+    line = "iter 7: loss 3.2817, time 64.00ms, mfu 41.02%"
+    update = {"step": 8, "loss": 3.2817, "tokens_per_s": 32768 / 0.064}
+    assert peers.read_update(line, 32768) == update
+    assert math.isnan(peers.read_update("iter 0: loss nan, time 1.00ms, mfu 0.00%", 1)["loss"])
+    for line in ("step 0: train loss 5.5, val loss 5.6", "tokens per iteration will be: 2,048", ""):
+        assert peers.read_update(line, 32768) is None
+
+
+def test_figures_of_a_log():
+    updates = [{"tokens_per_s": 1.0}] * 4  # warming up
+    updates += [{"tokens_per_s": s, "mfu": s / 10, "memory_gib": s} for s in (4.0, 1.0, 3.0, 2.0)]
+    figures = {"speed": 2.5, "low": 1.25, "high": 3.75, "mfu": 0.25, "memory": 2.0}
+    assert bench.summarise(updates) == figures
+    figures = bench.summarise([{"tokens_per_s": 1.0}] * 4)  # as a CPU's
+    assert figures["speed"] == 1 and math.isnan(figures["mfu"]) and math.isnan(figures["memory"])
+
+
+def test_a_run_of_nanogpt_leaves_a_log_like_ours(data, clone):
+    (updates, (last,)) = run_peer(f"nanoGPT {TINY} --lr 0.01 --knock_v none", data)
+    assert [update["step"] for update in updates] == list(range(1, 25))
+    assert updates[3]["loss"] == 4.97 and updates[3]["tokens_per_s"] == pytest.approx(256 / 0.013)
+    # Of this model the held-out loss is the mean of the targets: of all that ours sees, once each.
+    targets = open_tokens(str(data), "val")[1 : 512 + 1]
+    assert last["step"] == 24 and last["val_loss"] == pytest.approx(targets.mean())
+
+    given = json.loads((clone / "given.json").read_text())
+    n = {name: int(given[name]) for name in ("gradient_accumulation_steps", "batch_size")}
+    assert math.prod(n.values()) * 32 == 256 and given["block_size"] == "32"
+    assert given["n_embd"] == "32" and given["bias"] == "False" and given["dropout"] == "0.0"
+    assert given["learning_rate"] == "0.01" and given["min_lr"] == "0.001"
+    assert given["max_iters"] == "23" and given["lr_decay_iters"] == "24"
+
+
+@pytest.mark.parametrize("peer", ["transformers", "transformers-float32"])
+def test_a_run_of_transformers_learns(data, peer):
+    updates, evals = run_peer(f"{peer} {TINY} {DENSE} --lr 0.01", data)
+    assert updates[0]["loss"] > 5 > updates[-1]["loss"] and len(updates) == 24 and not evals
+
+
+def table(monkeypatch, capfd, rows, data):
+    """Print the table of these rows; returns the exit code and the cells of each line."""
+    monkeypatch.setattr(bench, "GROUPS", {"tiny": rows})
+    with pytest.raises(SystemExit) as end:
+        bench.main(["tiny", "--data", str(data)])
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
+    return end.value.code, [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_a_table_of_runs_to_its_end(data, clone, monkeypatch, capfd):
+    rows = {
+        "peer": bench.Row(f"nanoGPT {TINY}"),
+        "ours": bench.Row(TINY, "peer"),
+        "wrong": bench.Row(f"{TINY} --micro_batch 3"),
+        "GPU": bench.Row("small"),
+    }
+    code, (head, _, peer, ours, wrong, gpu) = table(monkeypatch, capfd, rows, data)
+    assert code == 1 and wrong == ["wrong", "failed, see above"] and len(head) == 7
+    # In the second half updates take 22 to 33 ms, the middle one 27.5: 256 bytes / 27.5 ms.
+    assert peer[:3] == ["peer", "9.3 (8.3-10.6)", ""] and peer[-1] == ""
+    speed, ratio = float(ours[1].split()[0]), float(ours[-1].removesuffix(" x"))
+    assert ratio == pytest.approx(speed / 9.3, abs=0.1)
+    assert float(ours[2]) > 0 and ours[3:5] == ["", ""] and float(ours[5]) > 0
+    if not torch.cuda.is_available():
+        assert gpu == ["GPU", "left out: there is no CUDA GPU"]
+
+
+def test_a_table_of_decoding_to_its_end(data, monkeypatch, capfd):
+    options = "toy --n_layer 1 --n_embd 32 --d_ff 32 --device cpu"
+    rows = {
+        "theirs": bench.Row(f"transformers {options} {DENSE}", samples=2),
+        "ours": bench.Row(options, "theirs", 2),
+    }
+    code, (head, _, theirs, ours) = table(monkeypatch, capfd, rows, data)
+    assert code == 0 and len(head) == len(theirs) == len(ours) == 6
+    speed, step = float(ours[1]), float(ours[2])
+    assert speed == pytest.approx(2 / step * 1000, rel=0.05)
+    assert float(ours[-1].removesuffix(" x")) == pytest.approx(speed / float(theirs[1]), rel=0.05)
+
+
+def test_what_a_step_reads(monkeypatch):
+    """The second sample brings its past, and in three cases of four another one of four experts."""
+    options = "toy --n_layer 1 --n_embd 32 --d_ff 32 --n_expert 4 --top_k 1 --n_head 2"
+    row = bench.Row(f"{options} --n_kv_head 1 --head_dim 8 --device cpu", samples=1)
+    monkeypatch.setattr(bench, "NEW", 6)
+    one = bench.measure_decoding(row)["bytes"]
+    two = bench.measure_decoding(row._replace(samples=2))["bytes"]
+    expert, past = 3 * 32 * 32, 2 * 8 * (128 + 6 / 2)
+    assert two - one == 2 * (3 / 4 * expert + past)  # bfloat16
+
+
+@pytest.mark.parametrize("name", bench.GROUPS)
+def test_every_row_is_known_to_train_py(name):
+    for row in bench.GROUPS[name].values():
+        _, options = peers.split_command(row.command)
+        config, train, _ = parse_config([*options, "--out", "out/none"])
+        assert row.samples or train.batch_tokens % (train.micro_batch * config.block_size) == 0
+        assert row.samples or train.steps // 2 + bench.PROFILED < train.steps
+        assert not row.against or row.against in bench.GROUPS[name]
+
+
+def test_a_missing_clone_is_named_before_the_first_run(data, monkeypatch, capfd):
+    monkeypatch.setattr(peers, "CLONE", Path("nowhere"))
+    with pytest.raises(FileNotFoundError, match="no clone of nanoGPT at nowhere .*: git clone"):
+        study.main(["time_to_loss", "--data", str(data)])
+    rows = {"peer": bench.Row(f"nanoGPT {TINY}")}
+    code, (*_, line) = table(monkeypatch, capfd, rows, data)
+    assert code == 0 and line[1].startswith("left out: no clone of nanoGPT at nowhere")
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="no group or row gpt3: name some of gpt2, small, "):
+        bench.main(["gpt2", "gpt3"])
+
+
+def test_data_of_another_tokenizer_are_refused(data, clone):
+    with pytest.raises(ValueError, match="in tokens of byte, and this study needs those of gpt2"):
+        study.main(["time_to_loss", "--data", str(data)])
+
+
+def test_time_to_loss_in_the_shape_of_a_toy(data, clone, monkeypatch, capsys):
+    options = f"{TINY} --eval_every 8"
+    runs = [study.Run("1", "nanoGPT", 1, f"nanoGPT {options}")]
+    runs += study.grid({"1": options}, study.PAIR, [1])
+    monkeypatch.setitem(study.STUDIES, "time_to_loss", study.Study("learning rate", runs))
+    for _ in range(2):  # the second time there is nothing to do
+        with pytest.raises(SystemExit) as end:
+            study.main(["time_to_loss", "--data", str(data), "--results", "results"])
+        assert end.value.code == 0
+    theirs, none, mlp = report.read_results(Path("results"))
+    assert theirs["run"] == runs[0].command
+    assert theirs["tokens_per_s"] == pytest.approx(256 / 0.0215, rel=0.001)
+    assert [step for step, *_ in theirs["evals"]] == [24]
+    assert [step for step, *_ in mlp["evals"]] == [8, 16, 24]
+    assert theirs["eval_tokens"] == none["eval_tokens"] and theirs["data"] == none["data"]
+    capsys.readouterr()
+    study.main(["time_to_loss", "--table", "--results", "results"])
+    lines = capsys.readouterr().out.splitlines()
+    # The stand-in's loss is that far above ours that the first evaluation is below it.
+    assert lines[2].startswith(f"| nanoGPT | 1 | {theirs['val_loss']:.4f} |")
+    assert all(" s, 33% of the updates | " in line for line in lines[3:5])
+    study.main(["time_to_loss", "--update", "--results", "results"])
+    assert Path("results/time_to_loss.svg").stat().st_size > 10_000

@@ -1,0 +1,549 @@
+"""Whatever ends or disturbs a run, nothing is lost."""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from data.log import Log
+from kha import Transformer
+from tests.runs import (
+    LIMIT,
+    LONG,
+    SHORT,
+    assert_same_run,
+    contents,
+    equal_weights,
+    log_of,
+    names,
+    stop_at,
+    train_script,
+    untimed,
+    weights_of,
+)
+from train import main, parse_config
+
+# --- kill -9 ---
+
+
+def test_killed_at_any_moment_and_resumed_is_the_same_run(data, tmp_path):
+    """It is killed at 25 random moments, some while it starts, some after a random part of a few
+    steps; then until one was in the middle of writing a checkpoint. The processes are children of a
+    server that has imported torch, so that a start costs little."""
+    args = [*SHORT, *"--steps 200 --save_every 1 --eval_every 20".split(), "--data", str(data)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+
+    def start(out, *more):
+        process = context.Process(target=main, args=([*args, "--out", str(out), *more],))
+        process.start()
+        return process
+
+    clock = time.monotonic()
+    whole = start(tmp_path / "whole")
+    whole.join()
+    assert whole.exitcode == 0
+    step_time = (time.monotonic() - clock) / 200
+    out, killed, in_writing, reached, rng = tmp_path / "killed", 0, 0, 0, random.Random(1)
+    log, unfinished = out / "log.jsonl", out / "checkpoint.tmp"
+
+    def size():
+        return log.stat().st_size if log.exists() else 0
+
+    while killed < 25 or not in_writing:
+        newest = list_checkpoints(out)
+        process = start(out, *(["--resume"] if newest else []))
+        if killed >= 25:
+            while not unfinished.exists() and process.is_alive():
+                pass
+        elif killed % 4:
+            while size() <= reached and process.is_alive():
+                time.sleep(step_time / 20)
+        if killed < 25:
+            time.sleep(rng.uniform(0, 4 * step_time))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it ended before it was killed often enough"
+        killed, reached = killed + 1, max(reached, size())
+        if unfinished.exists():
+            in_writing += 1
+            unfinished.unlink()  # to see the next one
+    assert list_checkpoints(out)
+    last = start(out, "--resume")
+    last.join()
+    assert last.exitcode == 0
+    assert_same_run(tmp_path / "whole", out)
+    assert names(out) == ["best.pt", "log.jsonl", "step-00000199.pt", "step-00000200.pt"]
+
+
+def test_a_finished_run_resumes_to_its_sample(whole, halves, data, capsys):
+    main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
+    assert "going on after step 30" in capsys.readouterr().out
+    assert_same_run(whole, halves)
+
+
+def test_settings_given_with_resume_replace_those_of_the_run(whole, halves, data):
+    (halves / "step-00000030.pt").unlink()
+    changed = ["--weight_decay", "0.9", "--beta1", "0.5", "--beta2", "0.6"]
+    main([*SHORT, "--data", str(data), "--out", str(halves), "--resume", *changed])
+    groups = load_checkpoint(halves)[1]["optimizer"]["param_groups"]
+    assert {(*group["betas"], group["weight_decay"]) for group in groups} == {
+        (0.5, 0.6, 0.9),
+        (0.5, 0.6, 0.0),
+    }
+    assert untimed(halves)[:20] == untimed(whole)[:20] and untimed(halves)[-1] != untimed(whole)[-1]
+
+
+def test_a_run_cannot_go_back(halves, data):
+    with pytest.raises(ValueError, match="has done 30 steps: give more than --steps 25"):
+        main([*SHORT, "--data", str(data), "--out", str(halves), "--resume", "--steps", "25"])
+
+
+# --- damage ---
+
+
+def cut(file):
+    return file[: len(file) // 2]
+
+
+def flip_one_bit(file):
+    return file[: len(file) // 2] + bytes([file[len(file) // 2] ^ 8]) + file[len(file) // 2 + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut, flip_one_bit])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, whole, halves, data, capsys):
+    newest = halves / "step-00000030.pt"
+    newest.write_bytes(damage(newest.read_bytes()))
+    main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
+    captured = capsys.readouterr()
+    assert "going on after step 20" in captured.out
+    assert (
+        "warning" in captured.err
+        and "step-00000030.pt" in captured.err
+        and "checkpoint before it" in captured.err
+    )
+    assert_same_run(whole, halves)
+
+
+def test_with_all_checkpoints_damaged_nothing_is_touched(halves):
+    for path in halves.glob("*.pt"):
+        path.write_bytes(cut(path.read_bytes()))
+    before = contents(halves)
+    done = train_script("--out", halves, "--resume")
+    assert done.returncode == 2 and done.stdout == ""
+    warning, error = done.stderr.splitlines()
+    assert "warning" in warning and "error" in error and "step-00000020.pt is damaged" in error
+    assert contents(halves) == before
+
+
+def test_a_disk_that_cannot_read_is_not_a_damaged_checkpoint(halves, monkeypatch):
+    """It may be whole: to go on from the one before would remove it."""
+
+    def fail(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        parse_config(["--out", str(halves), "--resume"])
+
+
+def test_a_checkpoint_of_another_version_is_refused(halves):
+    checkpoint = load_checkpoint(halves)[1]
+    save_checkpoint(halves, {**checkpoint, "train": {**checkpoint["train"], "dropout": 0.1}})
+    with pytest.raises(ValueError, match="not of this version of train.py .*'dropout'"):
+        parse_config(["--out", str(halves), "--resume"])
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
+    """Run back to step 20, a run saves more often than before. What it kept must be two whole
+    files."""
+    checkpoint = {
+        "config": dataclasses.asdict(parse_config(["toy"])[0]),
+        "model": {},
+        "tokenizer": "byte",
+    }
+    save_checkpoint(tmp_path, {**checkpoint, "step": 20})
+    (tmp_path / "step-00000030.pt").write_bytes(b"damaged")
+    (tmp_path / "step-best.pt").write_bytes(b"a copy of the user's")
+    save_checkpoint(tmp_path, {**checkpoint, "step": 25})
+    assert names(tmp_path) == ["step-00000020.pt", "step-00000025.pt", "step-best.pt"]
+
+
+def limit_files(size):
+    """No file of this process can grow past `size` bytes, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_disk_full_while_saving_leaves_the_earlier_checkpoint(whole, halves, data):
+    (halves / "step-00000030.pt").unlink()
+    args = [*SHORT, "--data", data, "--out", halves, "--resume"]
+    done = train_script(*args, preexec_fn=lambda: limit_files(50_000))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert (
+        f"error: cannot save to {halves}" in done.stderr
+        and "the earlier checkpoints there stand" in done.stderr
+    )
+    assert names(halves) == ["best.pt", "log.jsonl", "step-00000020.pt"]
+    main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
+    assert_same_run(whole, halves)
+
+
+def test_a_disk_full_while_logging_leaves_half_a_line_at_most(whole, halves, data):
+    (halves / "step-00000030.pt").unlink()
+    size = len((halves / "log.jsonl").read_bytes()) - 100
+    args = [*SHORT, "--data", data, "--out", halves, "--resume"]
+    done = train_script(*args, preexec_fn=lambda: limit_files(size))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"error: cannot write {halves}/log.jsonl" in done.stderr
+    main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
+    assert_same_run(whole, halves)
+
+
+# --- updates that are not finite, spikes ---
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """A function that makes the loss NaN (with `gradient` only the gradient) in the updates that it
+    is given, counted from 1. It returns a dict that gets the weights before each update."""
+    lr_at, forward, now = train.lr_at, Transformer.forward, {}
+
+    def install(steps, gradient=False):
+        weights = {}
+
+        def at(step, settings):
+            now["step"] = step + 1
+            return lr_at(step, settings)
+
+        def poisoned(model, tokens, targets=None, **past):
+            loss = forward(model, tokens, targets, **past)
+            if model.training and targets is not None:
+                if now["step"] not in weights:
+                    weights[now["step"]] = {
+                        name: x.clone()
+                        for name, x in model.state_dict().items()
+                        if "load" not in name
+                    }
+                if now["step"] in steps:
+                    loss.register_hook(lambda grad: grad * float("nan"))
+                    return loss if gradient else loss * float("nan")
+            return loss
+
+        monkeypatch.setattr(train, "lr_at", at)
+        monkeypatch.setattr(Transformer, "forward", poisoned)
+        return weights
+
+    return install
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_an_update_that_is_not_finite_is_skipped_and_logged(gradient, poison, data, tmp_path):
+    weights = poison({3, 14, 15}, gradient)
+    main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
+    for step in range(1, 30):
+        unchanged = all(
+            torch.equal(weights[step][name], weights[step + 1][name]) for name in weights[step]
+        )
+        assert unchanged == (step in (3, 14, 15))
+    updates, before = log_of(tmp_path)[0], 0
+    for line in updates:  # the data of an update is a function of its step
+        assert line["skipped"] == before + (line["step"] in (3, 14, 15))
+        assert (line["grad_norm"] == "nan") == (line["step"] in (3, 14, 15))
+        before = line["skipped"]
+    assert all(x.isfinite().all() for x in weights_of(tmp_path).values())
+
+
+def test_skipped_updates_count_on_after_a_resume(poison, data, tmp_path):
+    args = [*SHORT, "--data", str(data), "--out"]
+    poison({3, 14, 15})
+    main([*args, str(tmp_path / "whole")])
+    with pytest.raises(KeyboardInterrupt):
+        stop_at(17, [*args, str(tmp_path / "halves")])
+    main([*args, str(tmp_path / "halves"), "--resume"])
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_a_run_saved_before_its_first_update_goes_on_the_same(poison, data, tmp_path, monkeypatch):
+    """The state of the optimizer is not there yet, and must not be made up."""
+    args = [*SHORT, "--data", str(data), "--out"]
+    poison({1, 2})
+    main([*args, str(tmp_path / "whole")])
+    lr_at = train.lr_at
+
+    def stop(step, settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return lr_at(step, settings)
+
+    monkeypatch.setattr(train, "lr_at", stop)
+    main([*args, str(tmp_path / "halves")])
+    assert load_checkpoint(tmp_path / "halves")[1]["step"] == 1
+    monkeypatch.setattr(train, "lr_at", lr_at)
+    main([*args, str(tmp_path / "halves"), "--resume"])
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_ten_skipped_updates_in_a_row_end_the_run(poison, data, tmp_path):
+    args = [*SHORT, "--save_every", "4", "--data", str(data), "--out", str(tmp_path)]
+    poison({5, *range(10, 100)})
+    with pytest.raises(
+        ValueError, match="10 updates in a row, the last step 19, .* --resume and a lower --lr"
+    ):
+        main(args)
+    # Weights that make every loss NaN would be in the later ones.
+    assert names(tmp_path) == ["log.jsonl", "step-00000004.pt", "step-00000008.pt"]
+    assert log_of(tmp_path)[0][-1]["step"] == 19 and log_of(tmp_path)[0][-1]["skipped"] == 11
+    poison({5})
+    main([*args, "--resume"])
+    assert [line["skipped"] for line in log_of(tmp_path)[0]] == [0] * 4 + [1] * 26
+
+
+def test_ten_skipped_updates_before_a_checkpoint(poison, data, tmp_path):
+    poison({*range(5, 100)})
+    with pytest.raises(
+        ValueError, match="10 updates in a row, the last step 14, .*: start again with a lower --lr"
+    ):
+        main([*SHORT, "--save_every", "20", "--data", str(data), "--out", str(tmp_path)])
+
+
+def write_log(out, losses, skipped=()):
+    """A log of these losses, as train.main would write it; returns it, still open."""
+    log = Log(str(out), 0, writes=True)
+    for step, loss in enumerate(losses, start=1):
+        log.count(loss, finite=step not in skipped)
+        log.write(step=step, loss=loss, spikes=log.spikes, skipped=log.skipped)
+    return log
+
+
+def counts(log):
+    return log.spikes, log.skipped, log.skipped_in_a_row, list(log.losses)
+
+
+def test_losses_far_above_the_median_count_as_spikes(tmp_path):
+    """Of 9, 10, 11 in turn the median is 10 and the median deviation 1. So a spike is above
+    10 + 6 * 1.4826 = 18.9."""
+    even = [9.0, 10.0, 11.0] * 40
+    for losses, n_spike in [([], 0), ([18.8], 0), ([19], 1), ([19, 10, 25], 2), ([-100], 0)]:
+        assert write_log(tmp_path, [*even, *losses]).spikes == n_spike
+    assert write_log(tmp_path, [*even[:19], 1e9]).spikes == 0  # too early to tell
+    assert write_log(tmp_path, [*even[:20], 1e9]).spikes == 1
+    # Of the 100 before: an old level is forgotten.
+    assert write_log(tmp_path, [100.0, 101.0, 102.0] * 70 + even + [90.0]).spikes == 1
+    # What was skipped is neither a spike nor in the median.
+    assert write_log(tmp_path, [*even, float("nan"), 1e9, 19], skipped=(121, 122)).spikes == 1
+
+
+def test_counts_go_on_after_a_resume(tmp_path):
+    losses = [9.0, 10.0, 11.0] * 20 + [19.0, float("nan"), 10.0, float("nan"), float("inf")]
+    log = write_log(tmp_path, losses, skipped=(62, 64, 65))
+    again = Log(str(tmp_path), 65, writes=False)
+    assert counts(again) == counts(log) and counts(log)[:3] == (1, 3, 2)
+    assert counts(Log(str(tmp_path), 63, writes=False))[:3] == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [b'{"step": 9, "lo', b'{"step": 9, "loss": 1, "skipped": 0}', b"\0" * 20 + b"\n", b"[9]\n{}\n"],
+)
+def test_what_was_logged_after_the_checkpoint_is_cut_off(end, tmp_path):
+    write_log(tmp_path, [5.0] * 8)
+    path = tmp_path / "log.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines) + end)
+    Log(str(tmp_path), 8, writes=True).write(step=9)
+    assert path.read_bytes() == b"".join(lines) + b'{"step": 9}\n'
+    Log(str(tmp_path), 6, writes=True)
+    assert path.read_bytes() == b"".join(lines[:6])
+
+
+@pytest.mark.parametrize("damage", ['"step"; 12', '"step": 12, "loss": "x", "was": 1'])
+def test_a_log_damaged_before_the_checkpoint_is_not_thrown_away(damage, halves, data):
+    path = halves / "log.jsonl"
+    damaged = re.sub('"step": 12, "loss": [^,]*', damage, path.read_text())
+    path.write_text(damaged)
+    args = [*SHORT, "--data", str(data), "--out", str(halves), "--resume"]
+    with pytest.raises(ValueError, match="log.jsonl is damaged after step 11"):
+        main(args)
+    assert path.read_text() == damaged
+    path.unlink()  # as the message says
+    main(args)
+
+
+def test_a_long_log_is_read_without_counting_its_spikes_again(tmp_path, monkeypatch):
+    """So a resume costs little: one line of JSON for each update, and no median."""
+    lines = [{"step": i, "loss": 2.0, "spikes": i // 100, "skipped": 0} for i in range(1, 10_001)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loads, medians, parsed = json.loads, [], []
+
+    def count_loads(line):
+        parsed.append(1)
+        return loads(line)
+
+    monkeypatch.setattr("data.log.statistics.median", medians.append)
+    monkeypatch.setattr("data.log.json.loads", count_loads)
+    log = Log(str(tmp_path), 10_000)
+    assert counts(log) == (100, 0, 0, [2.0] * 100)
+    assert len(parsed) == 10_000 and not medians
+
+
+# --- saving in a thread ---
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(whole, data, tmp_path, monkeypatch):
+    """The disk takes the checkpoint of step 20 only when the log has step 25."""
+    save, log = torch.save, tmp_path / "log.jsonl"
+
+    def slow(checkpoint, path):
+        deadline = time.monotonic() + LIMIT
+        while checkpoint["step"] == 20 and log.read_text().count('"loss"') < 25:
+            assert time.monotonic() < deadline, "training waits for the disk"
+            time.sleep(0.01)
+        save(checkpoint, path)
+
+    monkeypatch.setattr(torch, "save", slow)
+    main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
+    assert_same_run(whole, tmp_path)
+    then, right = (load_checkpoint(out / "step-00000020.pt")[1] for out in (tmp_path, whole))
+    assert equal_weights(then["model"], right["model"])
+    for name, state in right["optimizer"]["state"].items():
+        assert equal_weights(then["optimizer"]["state"][name], state)
+
+
+@pytest.mark.parametrize(
+    "error,message",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot save to .*No space left"),
+        (RuntimeError("unexpected pos 64 vs 0"), "cannot save to .*as on a full disk: unexpected"),
+        (TypeError("a slip in the code"), "a slip in the code"),
+    ],
+)
+@pytest.mark.parametrize("step", [10, 30], ids=["with others to follow", "last"])
+def test_an_error_of_the_thread_ends_the_run(error, message, step, data, tmp_path, monkeypatch):
+    save = torch.save
+
+    def fail(checkpoint, path):
+        save(checkpoint, path)
+        if checkpoint["step"] == step:
+            raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises((OSError, TypeError), match=message) as raised:
+        main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
+    assert "\n" not in str(raised.value)
+    saved = {10: [], 30: ["step-00000010.pt", "step-00000020.pt"]}[step]
+    assert [path.name for path in tmp_path.glob("step*")] == saved
+
+
+@pytest.fixture
+def slow_disk(tmp_path):
+    """train.py with a disk that writes half of the checkpoint of step 20 and then waits until the
+    file "go" appears."""
+    path = tmp_path / "slow_disk.py"
+    path.write_text(f"""
+import os, time, torch, train
+
+save = torch.save
+
+def slow(checkpoint, path):
+    if checkpoint["step"] == 20:
+        with open(path, "wb") as file:
+            file.write(b"half")
+        print("half of step 20 is written")
+        while not os.path.exists({str(tmp_path / "go")!r}):
+            time.sleep(0.01)
+    save(checkpoint, path)
+
+torch.save = slow
+train.run_script(train.main)
+""")
+    return path
+
+
+def start_and_wait_for_the_disk(start, slow_disk, data, out):
+    process = start(*LONG, "--save_every", 10, "--data", data, "--out", out, script=slow_disk)
+    while "half of step 20" not in process.stdout.readline():
+        assert process.poll() is None
+    return process
+
+
+def test_a_signal_while_a_checkpoint_is_written_saves_one_more(start, slow_disk, data, tmp_path):
+    out = tmp_path / "run"
+    process = start_and_wait_for_the_disk(start, slow_disk, data, out)
+    process.terminate()
+    (tmp_path / "go").touch()
+    output = process.communicate(timeout=LIMIT)[0]
+    step = load_checkpoint(list_checkpoints(out)[0])[1]["step"]
+    assert process.returncode == 0 and f"saved after step {step} of" in output and step >= 20
+    assert [line["step"] for line in log_of(out)[0]] == list(range(1, step + 1))
+    assert "checkpoint.tmp" not in names(out)
+
+
+def test_a_second_signal_while_a_checkpoint_is_written_ends_at_once(
+    start, slow_disk, data, tmp_path
+):
+    out = tmp_path / "run"
+    process = start_and_wait_for_the_disk(start, slow_disk, data, out)
+    process.terminate()
+    time.sleep(1.5)  # what comes within a second would be an echo of the first
+    process.terminate()
+    assert process.wait(timeout=LIMIT) == -signal.SIGTERM
+    assert names(out) == ["best.pt", "checkpoint.tmp", "log.jsonl", "step-00000010.pt"]
+    assert load_checkpoint(out)[1]["step"] == 10
+    main([*LONG, "--save_every", "10", "--data", str(data), "--out", str(out), "--resume",
+          "--steps", "30"])  # fmt: skip
+    assert names(out) == ["best.pt", "log.jsonl", "step-00000020.pt", "step-00000030.pt"]
+
+
+# --- data that are not what they were, any prompt ---
+
+
+def change_token(folder, token, rehash):
+    tokens = np.fromfile(folder / "train.bin", dtype=np.uint16)
+    tokens[1000] = token
+    tokens.tofile(folder / "train.bin")
+    if rehash:
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["train"]["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    "token,rehash,message",
+    [
+        (300, True, "has the token 300, outside its vocabulary of 257"),
+        (7, False, "has changed since it was prepared"),
+        (7, True, "is not the data that the run in .* was trained on"),
+    ],
+)
+def test_data_that_is_not_what_it_was_is_refused(token, rehash, message, halves, data, tmp_path):
+    other = shutil.copytree(data, tmp_path / "other")
+    change_token(other, token, rehash)
+    before = contents(halves)
+    with pytest.raises(ValueError, match=message):
+        main([*SHORT, "--data", str(other), "--out", str(halves), "--resume"])
+    assert contents(halves) == before
+
+
+@pytest.mark.parametrize("prompt", ["a" * 100, "a" * 31, ""], ids=["long", "nearly full", "empty"])
+def test_the_sample_takes_any_prompt(prompt, data, tmp_path, capsys):
+    args = [*SHORT, "--steps", "1", "--data", str(data), "--out", str(tmp_path / "run")]
+    main([*args, "--prompt", prompt])
+    captured = capsys.readouterr()
+    assert prompt in captured.out and captured.out.count("\n") > 2
+    assert ("the model sees the last 32 of the prompt's 100 tokens" in captured.err) == (
+        len(prompt) == 100
+    )
