@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data.checkpoint import load_checkpoint
 from data.hf import export_hf
 from data.script import parse_args, run_script
-from data.tokens import load_meta, load_tokenizer, open_tokens, sequences
+from data.tokens import check_tokenizer, load_meta, load_tokenizer, open_tokens, sequences
 from kha import Common, Transformer, fold
 
 
@@ -359,15 +359,13 @@ def bits_per_byte(loss: float, counts: dict) -> float:
     return loss / math.log(2) * counts["tokens"] / counts["bytes"]
 
 
-def measure(model: Transformer, tokenizer: str, folder: str, device: str) -> None:
+def measure(
+    model: Transformer, tokenizer: tiktoken.Encoding, folder: str, device: str
+) -> None:
     """Print a model's held-out loss on prepared data. Raises ValueError if the data are in other
     tokens than the model's, or too few."""
     meta, tokens = load_meta(folder), open_tokens(folder, "val")
-    if meta["tokenizer"] != tokenizer:
-        raise ValueError(
-            f"{folder} is in tokens of {meta['tokenizer']} and the model in those of {tokenizer}:"
-            f" prepare that text with --tokenizer {tokenizer}"
-        )
+    check_tokenizer(folder, tokenizer)
     length = min(model.config.block_size, len(tokens) - 1)
     if length < 1:
         raise ValueError(f"{folder} holds out {len(tokens)} tokens: prepare more text")
@@ -406,13 +404,13 @@ def main(argv: list[str]) -> None:
     print(f"{checkpoint['path']}: step {checkpoint['step']}{held_out}", file=sys.stderr)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
     if folder is not None:
-        export_hf(model, folder, tokenizer.eot_token)
+        export_hf(model, folder, tokenizer)
         print(f"wrote {folder}")
         return
     if data is not None:
         if device.startswith("cuda"):
             model.compute_dtype = torch.bfloat16  # as in training
-        measure(model, checkpoint["tokenizer"], data, device)
+        measure(model, tokenizer, data, device)
         return
     lighten(model)
     if compiled:

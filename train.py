@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -32,10 +32,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import checkpoint as files
 from data.figures import advice_on_memory, knock_movement
-from data.hf import import_hf
+from data.hf import start_from_hf
 from data.log import Log
 from data.loss import chunked_loss
-from data.prepare import prepare
+from data.prepare import DEFAULT_DATA, find_data
 from data.processes import (
     join_processes,
     leave_processes,
@@ -44,7 +44,14 @@ from data.processes import (
     synchronising,
 )
 from data.script import Signals, add_fields, parse_args, run_script
-from data.tokens import draw_batch, load_meta, load_tokenizer, open_tokens, verify_tokens
+from data.tokens import (
+    check_tokenizer,
+    draw_batch,
+    load_meta,
+    load_tokenizer,
+    open_tokens,
+    tokenizer_for_checkpoint,
+)
 from kha import CONFIGS, Config, Transformer, init_weights
 from moe import BALANCE_RULES
 from sample import (
@@ -57,7 +64,6 @@ from sample import (
     write_samples,
 )  # fmt: skip
 
-DEFAULT_DATA = "data/stdlib"
 MAY_BE_ZERO = ("seed", "weight_decay", "balance_rate", "save_every", "sample_tokens")
 
 
@@ -158,8 +164,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
         return Config(**checkpoint["config"]), train, checkpoint
     if settings.get("init"):
         if os.path.exists(os.path.join(settings["init"], "config.json")):
-            model = import_hf(settings["init"], **shape)
-            config, checkpoint = model.config, {"model": model.state_dict(), "step": 0}
+            config, checkpoint = start_from_hf(settings["init"], shape)
         else:
             config, checkpoint = files.start_from(settings["init"], shape)
         return config, TrainConfig(**settings), checkpoint
@@ -335,6 +340,8 @@ def check_run(
                          " that all machines share")
     meta, unit = load_meta(data), T * micro * n_process
     data_hash = meta["train"]["sha256"]
+    if checkpoint:
+        check_tokenizer(data, load_tokenizer(checkpoint["tokenizer"]))
     if train.batch_tokens % unit:
         each, rest = divmod(train.batch_tokens, T * n_process)  # sequences of a process
         fits = [n for n in range(min(micro, each), 0, -1) if not rest and each % n == 0]
@@ -358,21 +365,10 @@ def check_run(
     if start > train.steps:
         raise ValueError(f"the run in {train.out} has done {start} steps: give more than --steps"
                          f" {train.steps}")
-    if checkpoint and checkpoint.get("tokenizer", meta["tokenizer"]) != meta["tokenizer"]:
-        raise ValueError(f"{data} is in tokens of {meta['tokenizer']} and the model in those of"
-                         f" {checkpoint['tokenizer']}: name data in its tokens with --data")
     if checkpoint and checkpoint.get("data", data_hash) != data_hash:
         raise ValueError(f"{data} is not the data that the run in {train.out} was trained on: name"
                          " that with --data")
     return meta
-
-
-def find_data(folder: str) -> None:
-    """Prepare the default data if they are missing, and check that no data have changed."""
-    if folder == DEFAULT_DATA and not os.path.exists(folder):
-        with suppress(FileExistsError):  # another machine was faster
-            prepare([], folder)
-    verify_tokens(folder)
 
 
 def main(argv: list[str]) -> None:
@@ -434,6 +430,7 @@ def main(argv: list[str]) -> None:
             # Not while updates are left out: if the weights are at fault, older ones must stay.
             if saves and (finite or last) or stopping:
                 state = {**settings, "format": files.FORMAT, "step": done, "val_loss": val_loss}
+                state |= {"tokenizer": tokenizer_for_checkpoint(tokenizer)}
                 state |= files.collect(model, optimizer)
                 if rank == 0:
                     log.sync()  # no checkpoint on the disk without the log up to it

@@ -7,7 +7,7 @@ those that were saved right after an evaluation. A checkpoint is a dictionary:
     step        how many updates were done
     config      all fields of kha.Config
     train       all fields of train.TrainConfig
-    tokenizer   the name of the tokenizer
+    tokenizer   the name of the tokenizer, or the text of its tokenizer.json
     data        sha256 of the run's train.bin
     val_loss    held-out loss, nats a token, if it was evaluated at this step, else None
     model       the state dict of the model, whole tensors

@@ -1,45 +1,77 @@
 """Models out to and in from Hugging Face transformers, as folders of config.json and safetensors.
 
-Out: python sample.py --checkpoint out/small --export_hf folder. A model whose knocks are linear (or none) becomes a stock
-model, Qwen3ForCausalLM or with experts Glm4MoeForCausalLM, which any server that knows these can serve. In: python
-train.py --import_hf folder trains a dense Qwen3 model on, with knocks that start at the identity. Needs the optional
-package safetensors, and never transformers itself.
+Out: python sample.py --checkpoint out/small --export_hf FOLDER. A model with linear knocks, or with
+none, becomes a stock model, Qwen3ForCausalLM or with experts Glm4MoeForCausalLM. Other knocks leave
+a gate, which stock models do not have: modeling_kha.py goes along, and the folder is loaded with
+trust_remote_code=True. The tokenizer goes along, too. In: python train.py --init FOLDER trains a
+dense Qwen3 model on, with knocks that start at the identity.
+
+This needs the optional package safetensors, and never transformers itself.
 """
 
+import copy
+import dataclasses
 import json
 import os
+import shutil
 import types
+import uuid
+from pathlib import Path
 
+import tiktoken
 import torch
 from torch import nn
 
 from data.figures import knocks_of
-from kha import Config, Transformer, absorb, init_weights
+from data.tokenizer_json import END, to_json
+from data.tokens import TOKENIZER_FILE
+from kha import Config, Transformer, fold, init_weights
 
 HF_SIZES = {  # field of Config -> key of config.json
-    "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
-    "n_embd": "hidden_size", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
-    "head_dim": "head_dim", "d_ff": "intermediate_size", "norm_eps": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+    "block_size": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "d_ff": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
 }
 
 
+def gated_knocks(config: Config) -> dict[str, str]:
+    """The projections with a knock that folding leaves a gate of, such as v_proj, and its kind."""
+    kinds = {f"{part}_proj": getattr(config, f"knock_{part}") for part in "qkv"}
+    return {name: kind for name, kind in kinds.items() if kind in ("mlp", "gate")}
+
+
 def hf_names(config: Config) -> dict[str, list[str]]:
-    """Our name of each weight -> theirs. Several of theirs are the rows of ours, one below the other; an expert's
-    weight is transposed first."""
+    """Our name of each weight of a folded model -> theirs. Several of theirs are the rows of ours,
+    one below the other; an expert's weight is transposed first."""
     names = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
+    layer = {
+        "attn_norm.weight": ["input_layernorm.weight"],
+        "ffn_norm.weight": ["post_attention_layernorm.weight"],
+        "attn.q_norm.weight": ["self_attn.q_norm.weight"],
+        "attn.k_norm.weight": ["self_attn.k_norm.weight"],
+    }
+    gated = gated_knocks(config)
+    for part in "qkvo":
+        name = f"{part}_proj"
+        halves = [f"{name}.up", f"{name}.gate"] if name in gated else [name]
+        layer[f"attn.w{part}.weight"] = [f"self_attn.{half}.weight" for half in halves]
+        if gated.get(name) == "mlp" and part != "v":
+            layer[f"attn.w{part}.knock.down"] = [f"self_attn.{name}.down"]
+    if config.n_expert:
+        layer["ffn.router"] = ["mlp.gate.weight"]
+        layer["ffn.bias"] = ["mlp.gate.e_score_correction_bias"]
+    up, down = ("experts_up", "experts_down") if config.n_expert else ("w_up", "w_down")
+    mlps = [f"mlp.experts.{e}" for e in range(config.n_expert)] or ["mlp"]
+    halves = [f"{mlp}.{half}_proj.weight" for mlp in mlps for half in ("gate", "up")]
+    layer[f"ffn.{up}"] = halves
+    layer[f"ffn.{down}"] = [f"{mlp}.down_proj.weight" for mlp in mlps]
     for i in range(config.n_layer):
-        mlps = [f"mlp.experts.{e}" for e in range(config.n_expert)] or ["mlp"]
-        layer = {
-            "attn_norm.weight": ["input_layernorm.weight"],
-            "ffn_norm.weight": ["post_attention_layernorm.weight"],
-            **{f"attn.w{part}.weight": [f"self_attn.{part}_proj.weight"] for part in "qkvo"},
-            **{f"attn.{part}_norm.weight": [f"self_attn.{part}_norm.weight"] for part in "qk"},
-            "ffn.experts_up" if config.n_expert else "ffn.w_up":
-                [f"{mlp}.{part}_proj.weight" for mlp in mlps for part in ("gate", "up")],
-            "ffn.experts_down" if config.n_expert else "ffn.w_down": [f"{mlp}.down_proj.weight" for mlp in mlps],
-        }
-        if config.n_expert:
-            layer |= {"ffn.router": ["mlp.gate.weight"], "ffn.bias": ["mlp.gate.e_score_correction_bias"]}
         for our, theirs in layer.items():
             names[f"blocks.{i}.{our}"] = [f"model.layers.{i}.{name}" for name in theirs]
     return names
@@ -54,106 +86,166 @@ def import_safetensors() -> types.ModuleType:
     return safetensors
 
 
-@torch.no_grad()
-def export_hf(model: Transformer, folder: str, eot: int | None = None) -> None:
-    """Write a model as a folder that transformers loads as a stock model, Qwen3ForCausalLM or, with experts,
-    Glm4MoeForCausalLM: config.json and model.safetensors, in the dtype of the weights. Linear knocks are absorbed
-    (eq. 8). `eot` is the token that ends a document; the tokenizer is not exported. The folder appears whole.
+# --------------------------------------------------------------------------------------------------
+# Out
 
-    Raises ValueError for a model that no stock model computes, or a folder that is there and not empty.
+
+def export_hf(model: Transformer, folder: str, tokenizer: tiktoken.Encoding) -> None:
+    """Write a model, and its tokenizer, as a folder that transformers loads. The weights keep their
+    dtype. The model stays as it is; what is written is folded. The folder appears whole or not at
+    all.
+
+    Raises ValueError for a model that cannot be exported, or a folder that is there and not empty;
+    OSError if it cannot be written.
     """
     c = model.config
     if c.attention != "gqa":
-        raise ValueError(f"cannot export attention={c.attention}: stock models in transformers have gqa")
-    kinds = {f"knock_{part}": getattr(c, f"knock_{part}") for part in "qkv"}
-    for place, kind in kinds.items():
-        if kind not in ("none", "linear"):
-            raise ValueError(
-                f"cannot export {place}={kind}: it is not linear, so no weight of a stock model can absorb it; train"
-                f" with --{place} linear for that"
-            )
+        raise ValueError(f"cannot export attention={c.attention}: transformers has gqa only")
     if c.n_expert == 1:
-        raise ValueError("Glm4MoeForCausalLM needs at least 2 experts: train a dense model instead of one with 1")
+        raise ValueError("cannot export a mixture of 1 expert: Glm4MoeForCausalLM needs 2 or more")
     if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise ValueError(f"{folder} exists and is not an empty folder: name another")
     safetensors = import_safetensors()
+    weights, texts = export_weights(model), export_texts(model, tokenizer)
+    temporary = f"{os.path.normpath(folder)}.tmp-{uuid.uuid4().hex[:8]}"
+    try:
+        os.makedirs(temporary)
+        for name, text in texts.items():
+            Path(temporary, name).write_text(text, encoding="utf-8")
+        file = Path(temporary, "model.safetensors")
+        safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+        shutil.copymode(Path(temporary, "config.json"), file)  # safetensors makes it private
+        for path in Path(temporary).iterdir():
+            with open(path, "r+b") as written:
+                os.fsync(written.fileno())  # the folder must not appear before what is in it
+        os.replace(temporary, folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OSError(f"cannot write {folder}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
-    ours, weights = model.state_dict(), {}
-    for place, knock in knocks_of(model).items():
-        projection = f"{place.removesuffix('.knock')}.weight"
-        ours[projection] = absorb(ours[projection].double(), knock.t.double()).to(ours[projection])
-    for our, theirs in hf_names(c).items():
+
+def export_weights(model: Transformer) -> dict[str, torch.Tensor]:
+    """The weights of the folded model by their names in transformers."""
+    kept = {id(p): p for name, p in model.named_parameters() if ".attn." not in name}
+    ours, weights = fold(copy.deepcopy(model, kept)).state_dict(), {}  # only attention is copied
+    for our, theirs in hf_names(model.config).items():
         weight = ours[our]
-        rows = weight.mT.flatten(0, 1) if weight.dim() == 3 else weight  # experts: (E, in, out) -> (E * out, in)
-        weights |= zip(theirs, rows.contiguous().chunk(len(theirs)))
-    for i in range(c.n_layer if c.n_expert else 0):  # Glm4Moe's shared expert has width 0, and is missed if left out
-        for part, shape in (("gate", (0, c.n_embd)), ("up", (0, c.n_embd)), ("down", (c.n_embd, 0))):
-            weights[f"model.layers.{i}.mlp.shared_experts.{part}_proj.weight"] = model.embed.weight.new_empty(shape)
+        # experts: (E, in, out) -> (E * out, in)
+        rows = weight.mT.flatten(0, 1) if weight.dim() == 3 else weight
+        weights |= zip(theirs, rows.contiguous().chunk(len(theirs)), strict=True)
+    # Glm4Moe has a shared expert in every layer. Not all that read it can do with a width of 0.
+    shapes = {"gate": (model.config.d_ff, model.config.n_embd)}
+    shapes |= {"up": shapes["gate"], "down": shapes["gate"][::-1]}
+    for i in range(len(model.moes())):
+        for part, shape in shapes.items():
+            name = f"model.layers.{i}.mlp.shared_experts.{part}_proj.weight"
+            weights[name] = model.embed.weight.new_zeros(shape)
+    return weights
+
+
+def export_texts(model: Transformer, tokenizer: tiktoken.Encoding) -> dict[str, str]:
+    """The files beside the weights: name -> content."""
+    c, gated = model.config, gated_knocks(model.config)
     config = {
         **{theirs: getattr(c, our) for our, theirs in HF_SIZES.items()},
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "attention_bias": False,
-        "tie_word_embeddings": True, "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch."),
-        "rope_theta": c.rope_base, "bos_token_id": eot, "eos_token_id": eot,
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch."),
+        "rope_theta": c.rope_base,
+        "bos_token_id": tokenizer.eot_token,
+        "eos_token_id": tokenizer.eot_token,
     }
     if c.n_expert:
         config |= {
-            "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "moe_intermediate_size": c.d_ff,
-            "n_routed_experts": c.n_expert, "num_experts_per_tok": c.top_k, "n_shared_experts": 0,
-            "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
-            "routed_scaling_factor": 1.0, "use_qk_norm": True, "partial_rotary_factor": 1.0,
+            "architectures": ["Glm4MoeForCausalLM"],
+            "model_type": "glm4_moe",
+            "moe_intermediate_size": c.d_ff,
+            "n_routed_experts": c.n_expert,
+            "num_experts_per_tok": c.top_k,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 0,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+            "use_qk_norm": True,
+            "partial_rotary_factor": 1.0,
             "num_nextn_predict_layers": 0,
         }
-    temporary = f"{os.path.normpath(folder)}.tmp"
-    os.makedirs(temporary, exist_ok=True)
-    safetensors.torch.save_file(weights, os.path.join(temporary, "model.safetensors"), metadata={"format": "pt"})
-    with open(os.path.join(temporary, "config.json"), "w") as file:
-        json.dump(config, file, indent=2)
-    os.replace(temporary, folder)
+    texts = {}
+    if gated:
+        stem = "KHAGlm4Moe" if c.n_expert else "KHAQwen3"
+        classes = {"AutoConfig": "Config", "AutoModel": "Model",
+                   "AutoModelForCausalLM": "ForCausalLM"}
+        config |= {
+            "architectures": [f"{stem}ForCausalLM"],
+            "model_type": f"kha_{config['model_type']}",
+            "auto_map": {auto: f"modeling_kha.{stem}{end}" for auto, end in classes.items()},
+            "knocks": gated,
+        }
+        texts["modeling_kha.py"] = Path(__file__).with_name("modeling_kha.py").read_text()
+    # Without this class transformers takes that of Qwen3's own tokenizer, which has other ids.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END,
+                "model_max_length": c.block_size, "clean_up_tokenization_spaces": False}
+    texts["config.json"] = json.dumps(config, indent=2) + "\n"
+    texts[TOKENIZER_FILE] = to_json(tokenizer)
+    texts["tokenizer_config.json"] = json.dumps(settings, indent=2) + "\n"
+    return texts
+
+
+# --------------------------------------------------------------------------------------------------
+# In
 
 
 def import_hf(folder: str, **changes) -> Transformer:
-    """The Qwen3 dense model in a folder of transformers (config.json, safetensors) as a model of ours, in float32, to
-    train on. `changes` replace fields of its Config: knock_q, knock_k, knock_v, which start at the identity and so
-    change nothing (default: mlp on v), and block_size (default: the model's longest context).
+    """The Qwen3 dense model in a folder of transformers (config.json, safetensors) as a model of
+    ours, in float32, to train on. `changes` replace fields of its Config: knock_q, knock_k and
+    knock_v, which start at the identity and so change nothing (default: mlp on v), and block_size
+    (default: the model's longest context).
 
-    Raises ValueError for a model that is not Qwen3, has what ours has not, or is damaged; OSError for a missing file.
+    Raises ValueError for a model that is not Qwen3, has what ours has not, or is damaged; OSError
+    for a missing file.
     """
     safetensors = import_safetensors()
     try:
-        with open(os.path.join(folder, "config.json")) as file:
-            hf = json.load(file)
+        hf = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        refused = {
-            f"a model of type {hf.get('model_type')!r}, not qwen3": hf.get("model_type") != "qwen3",
-            "an output projection of its own (tie_word_embeddings is not true)": not hf.get("tie_word_embeddings"),
-            "biases (attention_bias)": hf.get("attention_bias"),
-            "sliding windows (use_sliding_window)": hf.get("use_sliding_window"),
-            f"the activation {hf.get('hidden_act')}, not silu": hf.get("hidden_act", "silu") != "silu",
-            "scaled RoPE": rope.get("rope_type", rope.get("type", "default")) != "default",
-        }
-        for what, there in refused.items():
+        for there, what in [
+            (hf.get("model_type") != "qwen3",
+             f"a model of type {hf.get('model_type')!r}, not qwen3"),
+            (hf.get("attention_bias"), "biases (attention_bias)"),
+            (hf.get("use_sliding_window"), "sliding windows (use_sliding_window)"),
+            (hf.get("hidden_act", "silu") != "silu",
+             f"the activation {hf.get('hidden_act')}, not silu"),
+            (rope.get("rope_type", rope.get("type", "default")) != "default", "scaled RoPE"),
+        ]:  # fmt: skip
             if there:
                 raise ValueError(f"cannot import {folder}, which has {what}")
         fields = {our: hf[theirs] for our, theirs in HF_SIZES.items()}
         fields["rope_base"] = float(rope.get("rope_theta") or hf.get("rope_theta", 10000.0))
         config = Config(**{**fields, **changes})
 
-        files, index = {"model.safetensors"}, os.path.join(folder, "model.safetensors.index.json")
-        if os.path.exists(index):
-            with open(index) as file:
-                files = set(json.load(file)["weight_map"].values())
+        files, index = {"model.safetensors"}, Path(folder, "model.safetensors.index.json")
+        if index.exists():
+            files = set(json.loads(index.read_text())["weight_map"].values())
         theirs = {}
         for file in files:
             theirs |= safetensors.torch.load_file(os.path.join(folder, file))
-        head = theirs.pop("lm_head.weight", None)  # some files have the tied weight twice
-        if head is not None and not torch.equal(head, theirs["model.embed_tokens.weight"]):
-            raise ValueError(f"cannot import {folder}, whose output projection is not its embedding")
-        weights = {our: torch.cat([theirs.pop(n) for n in names]).float() for our, names in hf_names(config).items()}
+        check_head(folder, theirs, hf.get("tie_word_embeddings", False))
+        plain = dataclasses.replace(config, knock_q="none", knock_k="none", knock_v="none")
+        weights = {
+            our: torch.cat([theirs.pop(name) for name in names]).float()
+            for our, names in hf_names(plain).items()
+        }
         if theirs:
             raise ValueError(f"cannot import {folder}: ours has no place for {min(theirs)}")
         with torch.device("meta"):
             model = Transformer(config)
-        knocks = {place: knock.to_empty(device="cpu") for place, knock in knocks_of(model).items()}
+        knocks = {name: knock.to_empty(device="cpu") for name, knock in knocks_of(model).items()}
         model.load_state_dict(weights, strict=False, assign=True)  # all but the knocks
     except (KeyError, RuntimeError, json.JSONDecodeError, safetensors.SafetensorError) as error:
         reason = str(error).strip().split("\n")[-1].strip()
@@ -161,3 +253,24 @@ def import_hf(folder: str, **changes) -> Transformer:
     for knock in knocks.values():
         init_weights(nn.ModuleDict({"knock": knock}), config)
     return model
+
+
+def start_from_hf(folder: str, changes: dict) -> tuple[Config, dict]:
+    """The Config of a new run and the checkpoint that it starts from, with the weights and the
+    tokenizer of a Qwen3 folder. Raises what import_hf raises."""
+    model = import_hf(folder, **changes)
+    start = {"step": 0, "tokenizer": os.path.join(folder, TOKENIZER_FILE)}
+    return model.config, {"model": model.state_dict(), **start}
+
+
+def check_head(folder: str, weights: dict[str, torch.Tensor], tied: bool) -> None:
+    """Take lm_head.weight out of `weights`. Raises ValueError if it is not the embedding."""
+    embedding = weights["model.embed_tokens.weight"]
+    head = weights.pop("lm_head.weight", embedding if tied else None)
+    if head is None:
+        raise KeyError("lm_head.weight")
+    if not torch.equal(head, embedding):
+        raise ValueError(
+            f"cannot import {folder}: its output projection (lm_head.weight) is not its embedding,"
+            " as it is in our models and in Qwen3 up to 4B"
+        )

@@ -32,6 +32,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,16 @@ from tqdm import tqdm
 from data.documents import PIECE, LeftOut, drop_duplicates, find_sources, read_documents
 from data.script import parse_args, run_script
 from data.split import SEQUENCE, split_tokens
-from data.tokens import SPLITS, TOKENIZERS, load_tokenizer, token_dtype, verify_tokens
+from data.tokens import (
+    SPLITS,
+    TOKENIZERS,
+    keep_tokenizer,
+    load_tokenizer,
+    token_dtype,
+    verify_tokens,
+)
+
+DEFAULT_DATA = "data/stdlib"
 
 
 def make_batches(texts: Iterable[Iterable[bytes]], bar: tqdm) -> Iterator[list[bytes | None]]:
@@ -151,7 +161,7 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
             splits = split_tokens(work, ends, np.frombuffer(digests, np.uint64), val_fraction,
                                   encoding)
             stdlib = f"the standard library of Python {platform.python_version()}"
-            meta = {"tokenizer": tokenizer, "vocab_size": encoding.n_vocab,
+            meta = {"tokenizer": keep_tokenizer(encoding, work), "vocab_size": encoding.n_vocab,
                     "eot": encoding.eot_token, "dtype": token_dtype(encoding).name,
                     "sources": inputs or [stdlib], "val_fraction": val_fraction,
                     "skipped_files": left_out.skipped_files, "skipped_rows": left_out.skipped_rows,
@@ -162,6 +172,14 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
     finally:
         signal.signal(signal.SIGTERM, before)
     return meta
+
+
+def find_data(folder: str) -> None:
+    """Prepare the default data if they are missing, and check that no data have changed."""
+    if folder == DEFAULT_DATA and not os.path.exists(folder):
+        with suppress(FileExistsError):  # another machine was faster
+            prepare([], folder)
+    verify_tokens(folder)
 
 
 def publish(work: Path, target: Path) -> None:
@@ -189,8 +207,10 @@ def main(argv: list[str]) -> None:
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", metavar="INPUT")
-    parser.add_argument("--out", help="new folder for the token files (without INPUT: data/stdlib)")
-    parser.add_argument("--tokenizer", help=f"one of {', '.join(TOKENIZERS)} (default: byte)")
+    parser.add_argument("--out",
+                        help=f"new folder for the token files (without INPUT: {DEFAULT_DATA})")
+    parser.add_argument("--tokenizer", help=f"one of {', '.join(TOKENIZERS)} (default: byte), or "
+                        "the path of a tokenizer.json")
     parser.add_argument("--field", help="the field of rows that holds the text (default: text)")
     parser.add_argument("--val_fraction", type=float, help="held out, of 1 (default: 0.05)")
     parser.add_argument("--workers", type=int, help="threads (default: one a core)")
@@ -205,7 +225,7 @@ def main(argv: list[str]) -> None:
     if "inputs" in args and "out" not in args:
         raise ValueError("--out is missing: name the new folder for the token files, such as "
                          "--out data/mine")
-    args = {"inputs": [], "out": "data/stdlib", **args}
+    args = {"inputs": [], "out": DEFAULT_DATA, **args}
     meta = prepare(**args)
     for split in SPLITS:
         counts = meta[split]

@@ -13,8 +13,10 @@ import torch
 from tqdm import tqdm
 
 from data.script import nearest
+from data.tokenizer_json import END, PIECES, JsonTokenizer
 
 SPLITS = ("train", "val")
+TOKENIZER_FILE = "tokenizer.json"  # a copy of the one that the data were prepared with
 PIECE = 1 << 20  # tokens read at a time
 
 # the files that tiktoken downloads for each tokenizer: users without network are told to copy them
@@ -28,19 +30,24 @@ TOKENIZERS = {
 
 
 def load_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer `name`: byte (ids 0 to 255 are the bytes, 256 ends a text) or one of tiktoken.
+    """The tokenizer `name`: byte (ids 0 to 255 are the bytes, 256 ends a text), one of tiktoken's
+    own, the path of a tokenizer.json, or the text of one, as a checkpoint has it.
 
-    tiktoken downloads its own once. Raises ValueError for an unknown name, OSError if the download
-    fails.
+    tiktoken downloads its own once. Raises ValueError for an unknown name and for a tokenizer.json
+    that is not ours to compute, OSError if a download fails or a file cannot be read.
     """
+    if name.startswith("{"):
+        return JsonTokenizer(name)
+    if name.endswith(".json"):
+        return JsonTokenizer(Path(name).read_text(encoding="utf-8", errors="replace"), name)
     if name not in TOKENIZERS:
-        hint = nearest(name, TOKENIZERS, f"choose from {', '.join(TOKENIZERS)}")
-        raise ValueError(f"unknown tokenizer {name}: {hint}")
+        known = f"choose from {', '.join(TOKENIZERS)}, or give the path of a tokenizer.json"
+        raise ValueError(f"unknown tokenizer {name}: {nearest(name, TOKENIZERS, known)}")
     if name == "byte":
         # without merges, the pattern only says how much text to take at a time; 64 is fastest
         ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding(name, pat_str="(?s:.{1,64})", mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": 256})
+        return tiktoken.Encoding(name, pat_str=PIECES, mergeable_ranks=ranks,
+                                 special_tokens={END: 256})
     try:
         return tiktoken.get_encoding(name)
     except OSError as error:
@@ -51,6 +58,35 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
                       "folder") from error
 
 
+def keep_tokenizer(tokenizer: tiktoken.Encoding, folder: Path) -> str:
+    """What meta.json in `folder` says of a tokenizer: its name, or tokenizer.json, which is then
+    copied there."""
+    if isinstance(tokenizer, JsonTokenizer):
+        (folder / TOKENIZER_FILE).write_text(tokenizer.text, encoding="utf-8")
+        return TOKENIZER_FILE
+    return tokenizer.name
+
+
+def tokenizer_for_checkpoint(tokenizer: tiktoken.Encoding) -> str:
+    """What a checkpoint holds of a tokenizer: its name, or the text of its tokenizer.json."""
+    return tokenizer.text if isinstance(tokenizer, JsonTokenizer) else tokenizer.name
+
+
+def check_tokenizer(folder: str, tokenizer: tiktoken.Encoding) -> None:
+    """Raises ValueError if prepared data have other ids than the tokenizer of a model."""
+    name = load_meta(folder)["tokenizer"]
+    data = load_tokenizer(name)
+    if (data._mergeable_ranks, data._special_tokens) != (
+        tokenizer._mergeable_ranks,
+        tokenizer._special_tokens,
+    ):
+        raise ValueError(
+            f"{folder} is in tokens of {name} and the model in those of {tokenizer.name}: prepare"
+            f" that text with --tokenizer {tokenizer.name}"
+            + " (it lies where the model's data are)" * (tokenizer.name == TOKENIZER_FILE)
+        )
+
+
 def token_dtype(encoding: tiktoken.Encoding) -> np.dtype:
     """The type of the ids in token files."""
     return np.dtype("uint16" if encoding.n_vocab <= 2**16 else "uint32")
@@ -59,10 +95,11 @@ def token_dtype(encoding: tiktoken.Encoding) -> np.dtype:
 def load_meta(folder: str) -> dict[str, Any]:
     """The meta.json of a prepared folder. That its files are there and complete is checked.
 
-    Keys: tokenizer, vocab_size, eot (a token id), sources, val_fraction, dtype (of the .bin files),
-    skipped_files, skipped_rows, dropped_documents, and for train and val each: documents, tokens,
-    bytes (of UTF-8 text) and sha256 (of the .bin file). Nats per token * tokens / bytes / ln 2 are
-    bits per byte. Raises FileNotFoundError if a file is missing, ValueError if one is damaged.
+    Keys: tokenizer (what load_tokenizer takes), vocab_size, eot (a token id), sources,
+    val_fraction, dtype (of the .bin files), skipped_files, skipped_rows, dropped_documents, and for
+    train and val each: documents, tokens, bytes (of UTF-8 text) and sha256 (of the .bin file). Nats
+    per token * tokens / bytes / ln 2 are bits per byte. Raises FileNotFoundError if a file is
+    missing, ValueError if one is damaged.
     """
     again = f"delete {folder} and run data/prepare.py again"
     path = Path(folder, "meta.json")
@@ -77,6 +114,8 @@ def load_meta(folder: str) -> dict[str, Any]:
                   *((meta[split], ("bytes", "sha256")) for split in SPLITS)]
         if not all(key in part for part, keys in needed for key in keys):
             raise KeyError
+        if meta["tokenizer"] == TOKENIZER_FILE:
+            meta["tokenizer"] = str(Path(folder, TOKENIZER_FILE))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {again}") from error
     for split, size in sizes.items():

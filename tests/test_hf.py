@@ -1,7 +1,12 @@
-"""Knocks on Hugging Face models, and our models as theirs and back: every answer against transformers' own."""
+"""Knocks on other people's models, and our models in transformers and back. Every answer is
+compared with transformers' own."""
 
 import copy
 import json
+import os
+import resource
+import stat
+import subprocess
 import sys
 
 import pytest
@@ -11,28 +16,62 @@ import torch.nn.functional as F
 
 from data.figures import knock_movement
 from data.hf import export_hf, import_hf
+from data.tokens import load_tokenizer
 from kha import Config, Knock, Transformer, add_knocks, fold
-from sample import generate
+from sample import generate, write_samples
 from tests import reference
 from tests.reference import scramble
+from tests.runs import command, environment
+from tests.test_sample import save
 
-transformers, safetensors = pytest.importorskip("transformers"), pytest.importorskip("safetensors")
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors")
 
 HEADS = {"wide": (6, 2, 8), "odd": (3, 1, 32)}  # n_head, n_kv_head, head_dim; n_embd is 24
-SIZES = dict(vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, max_position_embeddings=128)
+SIZES = dict(vocab_size=320, hidden_size=24, intermediate_size=40, num_hidden_layers=2)
+ROPE = {"rope_theta": 500.0}  # transformers 5 makes rope_parameters of it
+MIXTURE = dict(n_expert=6, top_k=2)
+KINDS = {
+    "linear": dict(knock_q="linear", knock_k="linear", knock_v="linear"),
+    "mlp": dict(knock_v="mlp"),
+    "gate": dict(knock_v="gate"),
+    "all": dict(knock_q="mlp", knock_k="gate", knock_v="mlp"),
+    "mixed": dict(knock_q="linear", knock_k="mlp", knock_v="linear"),
+}
+
+
+@pytest.fixture
+def byte():
+    return load_tokenizer("byte")
 
 
 def config_of_ours(heads="wide", **overrides):
-    shape = dict(zip(("n_head", "n_kv_head", "head_dim"), HEADS[heads]))
-    base = dict(vocab_size=50, block_size=128, n_layer=2, n_embd=24, d_ff=40, knock_v="none", rope_base=500.0)
-    return Config(**{**base, **shape, **overrides})
+    shape = dict(zip(("n_head", "n_kv_head", "head_dim"), HEADS[heads], strict=True))
+    base = dict(vocab_size=320, block_size=128, n_layer=2, n_embd=24, d_ff=40, rope_base=500.0)
+    return Config(**{**base, "knock_v": "none", **shape, **overrides})
+
+
+def ours(heads="wide", **overrides):
+    """A random model of ours. Its balancing biases decide which experts are chosen."""
+    model = scramble(Transformer(config_of_ours(heads, **overrides))).eval()
+    for moe in model.moes():
+        moe.bias.copy_(torch.linspace(-0.3, 0.3, moe.n_expert))
+    return model
 
 
 def theirs(name="Qwen3", heads="wide", **overrides):
-    """A small random Llama or Qwen3 of transformers."""
-    shape = dict(zip(("num_attention_heads", "num_key_value_heads", "head_dim"), HEADS[heads]))
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **shape, "tie_word_embeddings": True, **overrides})
+    """A small random model of transformers."""
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    shape = dict(zip(names, HEADS[heads], strict=True))
+    fields = {**SIZES, "max_position_embeddings": 128, "tie_word_embeddings": True, **shape}
+    config = getattr(transformers, f"{name}Config")(**{**fields, **overrides})
     return scramble(getattr(transformers, f"{name}ForCausalLM")(config)).eval()
+
+
+def load(folder, **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, **options
+    )
 
 
 @torch.no_grad()
@@ -41,26 +80,31 @@ def logits(model, tokens):
     return getattr(out, "logits", out)
 
 
+def random_tokens(*shape):
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(0))
+
+
 def relative_error(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def assert_same(a, b, shapes=((1, 1), (1, 9), (3, 100))):
     for shape in shapes:
-        tokens = torch.randint(50, shape, generator=torch.Generator().manual_seed(0))
+        tokens = random_tokens(*shape)
         assert relative_error(logits(a, tokens), logits(b, tokens)) < 1e-5
 
 
 def edit_config(folder, **changes):
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "removed"}))
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v != "removed"}))
 
 
 # --- knocks on models that are not ours ---
 
 
 class Fused(nn.Module):
-    """nanoGPT's attention, as far as it matters: queries, keys and values of one nn.Linear."""
+    """nanoGPT's attention, as far as it matters: one nn.Linear makes queries, keys and values."""
 
     def __init__(self, bias=True):
         super().__init__()
@@ -68,16 +112,30 @@ class Fused(nn.Module):
         self.c_proj = nn.Linear(24, 24)
 
     def forward(self, x):
-        q, k, v = (z.unflatten(-1, (3, 8)).transpose(1, 2) for z in self.c_attn(x).split(24, dim=-1))
-        return self.c_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        parts = self.c_attn(x).split(24, dim=-1)
+        q, k, v = (part.unflatten(-1, (3, 8)).transpose(1, 2) for part in parts)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+def knock_outputs(module, knock, kind):
+    """Let eq. 7 or eq. 9 of the reference knock on what a module returns."""
+    weights, dim = dict(knock.named_parameters()), knock.head_dim
+
+    def hook(_, __, y):
+        return reference.knock(kind, weights, y.unflatten(-1, (-1, dim))).flatten(-2)
+
+    module.register_forward_hook(hook)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3"])
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("kind,pattern", [("linear", "*.[qkv]_proj"), ("mlp", "*.v_proj"), ("mlp", "*.k_proj")])
-def test_added_knocks_change_nothing_then_are_the_equation_then_fold_away(name, heads, kind, pattern):
-    model, tokens = theirs(name, heads), torch.randint(50, (2, 9))
-    before, projections = logits(model, tokens), copy.deepcopy(model)
+@pytest.mark.parametrize(
+    "kind,pattern", [("linear", "*.[qkv]_proj"), ("mlp", "*.v_proj"), ("mlp", "*.k_proj")]
+)
+def test_added_knocks_change_nothing_then_are_the_equation_then_fold(name, heads, kind, pattern):
+    model, tokens = theirs(name, heads), random_tokens(2, 9)
+    before, plain = logits(model, tokens), copy.deepcopy(model)
     knocks = add_knocks(model, kind, pattern, HEADS[heads][2])
     assert len(knocks) == 2 * (3 if kind == "linear" else 1)
     torch.testing.assert_close(logits(model, tokens), before, rtol=1e-6, atol=1e-6)
@@ -85,24 +143,20 @@ def test_added_knocks_change_nothing_then_are_the_equation_then_fold_away(name, 
     model(tokens).logits.square().mean().backward()
     assert all(p.grad.abs().max() > 0 for knock in knocks.values() for p in knock.parameters())
 
-    for i, knock in enumerate(knocks.values()):
+    for i, (place, knock) in enumerate(knocks.items()):
         scramble(knock, i)
-    for place, knock in knocks.items():  # eq. 7 or eq. 9 on the activations of the plain model
-        def knock_activations(_, __, y, weights=dict(knock.named_parameters()), dim=HEADS[heads][2]):
-            return reference.knock(kind, weights, y.unflatten(-1, (-1, dim))).flatten(-2)
-
-        projections.get_submodule(place).register_forward_hook(knock_activations)
+        knock_outputs(plain.get_submodule(place), knock, kind)
     knocked = logits(model, tokens)
     assert relative_error(knocked, before) > 1e-2
-    assert relative_error(knocked, logits(projections, tokens)) < 1e-5
+    assert relative_error(knocked, logits(plain, tokens)) < 1e-5
 
     folded = fold(model)
-    assert folded is model and not any(isinstance(module, Knock) for module in model.modules())
+    assert folded is model and not any(isinstance(part, Knock) for part in model.modules())
     assert relative_error(logits(model, tokens), knocked) < 1e-5
 
 
 def test_down_of_a_value_knock_vanishes_into_the_output_projection():
-    model, tokens = theirs("Llama"), torch.randint(50, (2, 9))
+    model, tokens = theirs("Llama"), random_tokens(2, 9)
     for i, knock in enumerate(add_knocks(model, "mlp", "*.[qv]_proj", 8).values()):
         scramble(knock, i)
     knocked, names = logits(model, tokens), set(model.state_dict())
@@ -110,11 +164,12 @@ def test_down_of_a_value_knock_vanishes_into_the_output_projection():
         fold(copy.deepcopy(model), "v_proj", "wo")
     fold(model, "v_proj", "o_proj")
     assert relative_error(logits(model, tokens), knocked) < 1e-5
-    downs = {name for name in model.state_dict() if name.endswith("q_proj.knocks.0.down")}  # queries are not values
-    assert len(downs) == 2 and {name for name in names if "knock" not in name} == set(model.state_dict()) - downs
+    left = set(model.state_dict())
+    downs = {name for name in left if name.endswith("q_proj.knocks.0.down")}  # not of values
+    assert len(downs) == 2 and {name for name in names if "knock" not in name} == left - downs
 
 
-def test_down_does_not_vanish_into_a_weight_that_is_made_anew_at_each_use():
+def test_down_vanishes_into_a_plain_weight_only():
     model = theirs("Llama")
     add_knocks(model, "mlp", "*.v_proj", 8)
     add_knocks(model, "linear", "*.o_proj", 8)
@@ -125,26 +180,27 @@ def test_down_does_not_vanish_into_a_weight_that_is_made_anew_at_each_use():
 def test_a_fused_projection_knocks_where_it_is_told():
     x, plain = torch.randn(2, 9, 24), scramble(Fused())
     model = copy.deepcopy(plain)
-    knocks = {
-        "v": add_knocks(model, "mlp", "c_attn", 8, rows=slice(48, 72))["c_attn"],
-        "q": add_knocks(model, "linear", "c_attn", 8, rows=slice(24))["c_attn"],
-        "k": add_knocks(model, "linear", "c_attn", 8, rows=slice(24, 48))["c_attn"],
-    }
+    kinds = {"v": "mlp", "q": "linear", "k": "linear"}
+    rows = {"v": slice(48, 72), "q": slice(24), "k": slice(24, 48)}
+    knocks = {part: add_knocks(model, kinds[part], "c_attn", 8, rows[part])["c_attn"]
+              for part in kinds}  # fmt: skip
     torch.testing.assert_close(model(x), plain(x))
     for i, knock in enumerate(knocks.values()):
         scramble(knock, i)
 
-    def knock_activations(_, __, y):
-        kinds, parts = dict(q="linear", k="linear", v="mlp"), zip("qkv", y.unflatten(-1, (9, 8)).split(3, dim=2))
-        knocked = [reference.knock(kinds[name], dict(knocks[name].named_parameters()), part) for name, part in parts]
-        return torch.cat(knocked, dim=2).flatten(2)
+    def hook(_, __, y):
+        heads = []
+        for part, values in zip("qkv", y.unflatten(-1, (9, 8)).split(3, dim=2), strict=True):
+            weights = dict(knocks[part].named_parameters())
+            heads.append(reference.knock(kinds[part], weights, values))
+        return torch.cat(heads, dim=2).flatten(2)
 
-    plain.c_attn.register_forward_hook(knock_activations)
+    plain.c_attn.register_forward_hook(hook)
     torch.testing.assert_close(model(x), plain(x))
 
 
 @pytest.mark.parametrize("bias,rows", [(True, slice(None)), (False, slice(48, 72))])
-def test_a_fused_projection_folds_linear_knocks_and_says_that_it_does_not_fold_others(bias, rows):
+def test_a_fused_projection_folds_linear_knocks_only(bias, rows):
     x, model = torch.randn(2, 9, 24), Fused(bias)
     add_knocks(model, "mlp", "c_attn", 8, rows)
     with pytest.raises(ValueError, match="knocks already"):
@@ -160,35 +216,133 @@ def test_a_fused_projection_folds_linear_knocks_and_says_that_it_does_not_fold_o
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_copies_and_files_of_a_model_with_added_knocks_are_its_own(kind, tmp_path):
-    model, tokens = theirs(attention_bias=True), torch.randint(50, (2, 9))
-    base = model.state_dict()
+def test_a_copy_of_a_model_with_added_knocks_is_its_own(kind):
+    model, tokens = theirs(attention_bias=True), random_tokens(2, 9)
+    base = set(model.state_dict())
     for knock in add_knocks(model, kind, "*.v_proj", 8).values():
         scramble(knock)
-    torch.save(model.state_dict(), tmp_path / "model.pt")
-    loaded = theirs(attention_bias=True)
-    add_knocks(loaded, kind, "*.v_proj", 8)
-    loaded.load_state_dict(torch.load(tmp_path / "model.pt"))
-    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
-
     knocked, twin = logits(model, tokens), copy.deepcopy(model)
     assert torch.equal(logits(twin, tokens), knocked)
     scramble(twin, seed=1)
-    assert torch.equal(logits(model, tokens), knocked) and not torch.equal(logits(twin, tokens), knocked)
+    assert torch.equal(logits(model, tokens), knocked)
+    assert not torch.equal(logits(twin, tokens), knocked)
     if kind == "linear":
         fold(copy.deepcopy(model))
         assert torch.equal(logits(model, tokens), knocked)
-        assert set(fold(model).state_dict()) == set(base)
+        assert set(fold(model).state_dict()) == base
         assert relative_error(logits(model, tokens), knocked) < 1e-5
     else:
-        assert set(base) <= set(model.state_dict())
+        assert base < set(model.state_dict())
+
+
+def knocked_qwen2(kind):
+    """A Qwen2 of transformers, which has biases on q, k and v, with knocks on its values."""
+    model = theirs("Qwen2", num_attention_heads=3, num_key_value_heads=1)
+    return model, add_knocks(model, kind, "*.v_proj", 8)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_added_knocks_are_saved_and_loaded(kind, tmp_path):
+    from safetensors.torch import load_model
+
+    model, knocks = knocked_qwen2(kind)
+    for i, knock in enumerate(knocks.values()):
+        scramble(knock, i)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    model.save_pretrained(tmp_path)
+    for file in ("model.pt", "model.safetensors"):
+        loaded, _ = knocked_qwen2(kind)
+        scramble(loaded, seed=1)
+        if file == "model.pt":
+            loaded.load_state_dict(torch.load(tmp_path / file))
+        else:
+            load_model(loaded, tmp_path / file)
+        assert torch.equal(logits(loaded, random_tokens(2, 9)), logits(model, random_tokens(2, 9)))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_trainer_of_transformers_saves_added_knocks_and_goes_on(kind, tmp_path):
+    pytest.importorskip("accelerate")
+    from safetensors.torch import load_model
+
+    rows = [{"input_ids": row, "labels": row} for row in random_tokens(16, 9)]
+
+    def train(model, steps, **how):
+        arguments = transformers.TrainingArguments(
+            tmp_path, max_steps=steps, save_steps=2, learning_rate=0.01, use_cpu=True, report_to=[],
+            per_device_train_batch_size=2, disable_tqdm=True, lr_scheduler_type="constant",
+        )  # fmt: skip
+        transformers.Trainer(model, arguments, train_dataset=rows).train(**how)
+
+    model, knocks = knocked_qwen2(kind)
+    train(model, 4)
+    trained = logits(model, random_tokens(2, 9))
+    fresh = Knock(kind, 8).parameters()
+    moved = zip(next(iter(knocks.values())).parameters(), fresh, strict=True)
+    assert all((p - start).abs().max() > 0.01 for p, start in moved)
+    loaded, _ = knocked_qwen2(kind)
+    load_model(loaded, tmp_path / "checkpoint-4" / "model.safetensors")
+    assert torch.equal(logits(loaded, random_tokens(2, 9)), trained)
+    resumed, _ = knocked_qwen2(kind)
+    train(resumed, 4, resume_from_checkpoint=tmp_path / "checkpoint-2")
+    torch.testing.assert_close(logits(resumed, random_tokens(2, 9)), trained)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("first", ["compile", "add_knocks"])
+def test_added_knocks_are_compiled(kind, first):
+    model, tokens = theirs(), random_tokens(2, 9)
+    if first == "compile":
+        compiled = torch.compile(model, backend="eager")
+        logits(compiled, tokens)  # compiled here, without knocks
+    knocks = add_knocks(model, kind, "*.v_proj", 8)
+    for i, knock in enumerate(knocks.values()):
+        scramble(knock, i)
+    if first == "add_knocks":
+        compiled = torch.compile(model, backend="eager")
+    assert relative_error(logits(compiled, tokens), logits(model, tokens)) < 1e-6
+    compiled(tokens).logits.square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for knock in knocks.values() for p in knock.parameters())
+
+
+def test_added_knocks_train_with_gradient_checkpointing():
+    model, tokens = theirs().train(), random_tokens(2, 9)
+    (knock, *_) = add_knocks(model, "mlp", "*.v_proj", 8).values()
+
+    def gradients():
+        model.zero_grad()
+        model(tokens, use_cache=False).logits.square().mean().backward()
+        return [p.grad.clone() for p in knock.parameters()]
+
+    plain = gradients()
+    model.gradient_checkpointing_enable()
+    for a, b in zip(plain, gradients(), strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("projection", ["q_proj", "v_proj"])
+def test_lora_is_merged_after_folding(projection):
+    peft = pytest.importorskip("peft")
+    model, tokens = theirs(), random_tokens(2, 9)
+    for i, knock in enumerate(add_knocks(model, "linear", f"*.{projection}", 8).values()):
+        scramble(knock, i)
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[projection]))
+    for name, p in lora.named_parameters():
+        if "lora_" in name:
+            p.data.normal_(std=0.3)
+    before = logits(lora.eval(), tokens)
+    merged = fold(lora).merge_and_unload()
+    assert not any(isinstance(part, Knock) for part in merged.modules())
+    assert relative_error(logits(merged, tokens), before) < 1e-5
 
 
 def test_added_knocks_take_the_dtype_of_the_projection():
-    model, tokens = theirs().bfloat16(), torch.randint(50, (2, 9))
+    model, tokens = theirs().bfloat16(), random_tokens(2, 9)
     before = logits(model, tokens)
     knocks = add_knocks(model, "linear", "*.q_proj", 8) | add_knocks(model, "mlp", "*.v_proj", 8)
-    assert {p.dtype for knock in knocks.values() for p in knock.parameters()} == {torch.bfloat16}
+    dtypes = {p.dtype for knock in knocks.values() for p in knock.parameters()}
+    assert dtypes == {torch.bfloat16}
     assert relative_error(logits(model, tokens), before) < 0.02
 
 
@@ -197,8 +351,8 @@ def test_added_knocks_take_the_dtype_of_the_projection():
     [
         (("lin", "*.v_proj", 8), "kind must be linear or mlp, not 'lin'"),
         (("mlp", "*.value", 8), "no module's name matches '\\*.value'"),
-        (("mlp", "*.self_attn", 8), "model.layers.0.self_attn is a Qwen3Attention, not an nn.Linear"),
-        (("mlp", "*.v_proj", 7), "outputs 0:16 of model.layers.0.self_attn.v_proj do not divide into heads"),
+        (("mlp", "*.self_attn", 8), "layers.0.self_attn is a Qwen3Attention, not an nn.Linear"),
+        (("mlp", "*.v_proj", 7), "outputs 0:16 of model.layers.0.self_attn.v_proj do not divide"),
         (("linear", "*.v_proj", 8, slice(16, 24)), "outputs 16:16 of"),
         (("linear", "*.v_proj", 8, slice(0, 16, 2)), "do not divide"),
         (("linear", "*.q_proj", 8), "model.layers.0.self_attn.q_proj knocks already"),
@@ -215,98 +369,216 @@ def test_knocks_that_cannot_be_added_leave_the_model_alone(arguments, message):
     assert "\n" not in str(error.value) and set(model.state_dict()) == before
 
 
+def wrap_in_lora(model):
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["v_proj"]))
+
+
+def quantise(model):
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+
+
+def parametrize_weights(model):
+    for layer in model.model.layers:
+        nn.utils.parametrizations.weight_norm(layer.self_attn.v_proj)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "change,name", [(wrap_in_lora, "Linear"), (quantise, "Linear"), (parametrize_weights, "Param")]
+)
+def test_projections_of_other_types_are_refused(change, name):
+    model = theirs()
+    change(model)
+    message = f"v_proj is a .*{name}.*, not an nn.Linear: .*before it is quantised or wrapped"
+    with pytest.raises(ValueError, match=message):
+        add_knocks(model, "linear", "*.v_proj", 8)
+
+
 def test_our_own_models_have_their_knocks_by_config():
     with pytest.raises(ValueError, match="set knock_q"):
-        add_knocks(Transformer(config_of_ours(knock_q="linear")), "mlp", "*.wq", 8)
+        add_knocks(ours(knock_q="linear"), "mlp", "*.wq", 8)
 
 
 # --- out ---
 
 
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("experts,stock", [({}, "Qwen3"), (dict(n_expert=6, top_k=2), "Glm4Moe")])
-def test_transformers_computes_what_we_exported(heads, experts, stock, tmp_path):
-    linear = dict(knock_q="linear", knock_k="linear", knock_v="linear")
-    model = scramble(Transformer(config_of_ours(heads, **linear, **experts))).eval()
-    for moe in model.moes():
-        moe.bias.copy_(torch.linspace(-0.3, 0.3, 6))
-    export_hf(model, tmp_path / "hf", eot=3)
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["config.json", "hf", "model.safetensors"]
+@pytest.mark.parametrize("experts,stock", [({}, "Qwen3"), (MIXTURE, "Glm4Moe")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_computes_what_we_exported(kind, heads, experts, stock, byte, tmp_path):
+    model = ours(heads, **KINDS[kind], **experts)
+    before = copy.deepcopy(model)
+    export_hf(model, tmp_path / "hf", byte)
+    assert_same(model, before)
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    code = [] if kind == "linear" else ["modeling_kha.py"]
+    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == sorted(files + code)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
-    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    assert type(loaded).__name__ == f"{stock}ForCausalLM" and loaded.config.eos_token_id == 3
+    loaded, report = load(tmp_path / "hf", output_loading_info=True)
+    prefix = "KHA" if code else ""
+    assert type(loaded).__name__ == f"{prefix}{stock}ForCausalLM"
+    assert loaded.config.eos_token_id == 256
     assert not any(report.values())
     with safetensors.safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}  # transformers 4 asks for it
     assert_same(loaded, model)
     if experts:
-        assert loaded.config.num_mtp_layers == 0
         for moe in model.moes():
             moe.bias.zero_()
         with pytest.raises(AssertionError):  # the bias did decide
             assert_same(loaded, model)
 
 
-@pytest.mark.parametrize("experts", [{}, dict(n_expert=6, top_k=2)])
-def test_greedy_text_is_the_same_token_by_token(experts, tmp_path):
-    model = scramble(Transformer(config_of_ours(knock_v="linear", **experts))).eval()
-    export_hf(model, tmp_path / "hf")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+@pytest.mark.parametrize("experts", [{}, MIXTURE])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_greedy_text_is_the_same_token_by_token(kind, experts, byte, tmp_path):
+    model = ours(**KINDS[kind], **experts)
+    export_hf(model, tmp_path / "hf", byte)
+    loaded = load(tmp_path / "hf")
     seen = set()
     for prompt in ([7], [7, 1, 42], list(range(50))):
-        ours = [new[0] for new in generate(model, prompt, max_new_tokens=64, temperature=0)]
-        ids = torch.tensor([prompt])
-        out = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
-        assert out[0, len(prompt) :].tolist() == ours and len(ours) == 64
-        seen |= set(ours)
+        text = [new[0] for new in generate(model, prompt, max_new_tokens=64, temperature=0)]
+        out = loaded.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=64,
+            do_sample=False, eos_token_id=None, return_dict_in_generate=True,
+        )  # fmt: skip
+        assert out.sequences[0, len(prompt) :].tolist() == text and len(text) == 64
+        seen |= set(text)
     assert len(seen) > 5  # not one word over and over
+    for layer in out.past_key_values.layers:  # the cache is as large as without knocks
+        assert layer.keys.shape == layer.values.shape == (1, 2, 50 + 63, 8)
 
 
-def test_export_keeps_the_dtype(tmp_path):
-    model = Transformer(config_of_ours(n_expert=4, top_k=2)).bfloat16()
-    export_hf(model, tmp_path / "hf")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
-    assert loaded.dtype == torch.bfloat16
+@pytest.mark.parametrize("experts", [{}, MIXTURE])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_the_pipeline_writes_what_we_write(kind, experts, byte, tmp_path, capfd):
+    model = ours(**KINDS[kind], **experts, vocab_size=257)  # no ids outside the tokenizer
+    export_hf(model, tmp_path / "hf", byte)
+    pipeline = transformers.pipeline(
+        "text-generation", str(tmp_path / "hf"), trust_remote_code=True
+    )
+    for prompt in ("naïve", "two\n  lines"):
+        (written,) = pipeline(prompt, max_new_tokens=30, do_sample=False)
+        capfd.readouterr()
+        write_samples(model, byte, prompt, max_new_tokens=30, temperature=0)
+        assert written["generated_text"] == capfd.readouterr().out.removesuffix("\n")
+        assert len(written["generated_text"]) > len(prompt) + 5
+
+
+def test_the_base_model_and_a_second_saving_have_the_knocks(byte, tmp_path):
+    model, tokens = ours(**KINDS["mlp"], **MIXTURE), random_tokens(2, 9)
+    export_hf(model, tmp_path / "hf", byte)
+    base = transformers.AutoModel.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    with torch.no_grad():
+        hidden = base(tokens).last_hidden_state
+        assert relative_error(hidden @ model.embed.weight.T, model(tokens)) < 1e-5
+    load(tmp_path / "hf").save_pretrained(tmp_path / "again")
+    assert_same(load(tmp_path / "again"), model)
+
+
+def test_without_trust_nothing_is_computed_wrongly(byte, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 0)
+    export_hf(ours(**KINDS["mlp"]), tmp_path / "hf", byte)
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+
+
+def test_the_shared_expert_of_a_mixture_is_zero(byte, tmp_path):
+    model, tokens = ours(**MIXTURE), random_tokens(2, 9)
+    export_hf(model, tmp_path / "hf", byte)
+    loaded = load(tmp_path / "hf")
+    whole = logits(loaded, tokens)
+    for layer in loaded.model.layers:
+        shared = layer.mlp.shared_experts
+        assert {tuple(p.shape) for p in shared.parameters()} == {(40, 24), (24, 40)}
+        assert not any(p.any() for p in shared.parameters())
+        shared.forward = torch.zeros_like
+    assert torch.equal(logits(loaded, tokens), whole)
+
+
+def test_export_keeps_the_dtype(byte, tmp_path):
+    export_hf(ours(n_expert=4, top_k=2, knock_v="mlp").bfloat16(), tmp_path / "hf", byte)
+    assert load(tmp_path / "hf", dtype="auto").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
     "overrides,message",
     [
-        (dict(knock_v="mlp"), "cannot export knock_v=mlp: it is not linear.*--knock_v linear"),
-        (dict(knock_k="gate"), "cannot export knock_k=gate"),
         (dict(attention="gta"), "cannot export attention=gta"),
-        (dict(n_expert=1, top_k=1), "at least 2 experts"),
+        (dict(attention="mla", kv_rank=16), "cannot export attention=mla"),
+        (dict(n_expert=1, top_k=1), "needs 2 or more"),
     ],
 )
-def test_what_no_stock_model_computes_is_refused(overrides, message, tmp_path):
+def test_what_transformers_has_not_is_refused(overrides, message, byte, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
-        export_hf(Transformer(config_of_ours(**overrides)), tmp_path / "hf")
+        export_hf(ours(**overrides), tmp_path / "hf", byte)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
-def test_export_overwrites_nothing(tmp_path):
-    model = Transformer(config_of_ours())
+def test_export_overwrites_nothing(byte, tmp_path):
+    model = ours()
     (tmp_path / "note").write_text("mine")
     for there in (tmp_path, tmp_path / "note"):
         with pytest.raises(ValueError, match="exists and is not an empty folder"):
-            export_hf(model, there)
+            export_hf(model, there, byte)
     (tmp_path / "empty").mkdir()
-    export_hf(model, tmp_path / "empty")
-    export_hf(model, f"{tmp_path}/new/folder/")
+    export_hf(model, tmp_path / "empty", byte)
+    export_hf(model, f"{tmp_path}/new/folder/", byte)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "new", "note"]
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["folder"]
 
 
-def test_a_failed_export_leaves_no_folder(tmp_path, monkeypatch):
-    import safetensors.torch
+def test_of_two_exports_at_once_one_stands(byte, tmp_path, monkeypatch):
+    files, model = pytest.importorskip("safetensors.torch"), ours()
+    save_file = files.save_file
 
-    def fail(*_, **__):
-        raise OSError("no space left on device")
+    def be_late(*args, **how):  # another process exports to the same folder meanwhile
+        monkeypatch.setattr(files, "save_file", save_file)
+        export_hf(model, tmp_path / "hf", byte)
+        save_file(*args, **how)
 
-    monkeypatch.setattr(safetensors.torch, "save_file", fail)
-    with pytest.raises(OSError, match="no space"):
-        export_hf(Transformer(config_of_ours()), tmp_path / "hf")
-    assert not (tmp_path / "hf").exists()
+    monkeypatch.setattr(files, "save_file", be_late)
+    with pytest.raises(OSError, match="cannot write"):
+        export_hf(ours(**KINDS["mlp"]), tmp_path / "hf", byte)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    assert_same(load(tmp_path / "hf"), model)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    (tmp_path / "run").mkdir()
+    save(ours(), tmp_path / "run")
+
+    def limit():  # files of more than 50,000 bytes cannot be written
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    words = command(
+        "--checkpoint",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+        "--export_hf",
+        tmp_path / "hf",
+        script="sample.py",
+    )
+    done = subprocess.run(
+        words, env=environment(), capture_output=True, text=True, timeout=300, preexec_fn=limit
+    )
+    *_, line = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("sample.py: error: cannot write")
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_exported_files_are_readable_as_the_umask_says(byte, tmp_path):
+    before = os.umask(0o027)
+    try:
+        export_hf(ours(**KINDS["mlp"]), tmp_path / "hf", byte)
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "hf").iterdir()}
+    assert modes == {0o640} and stat.S_IMODE((tmp_path / "hf").stat().st_mode) == 0o750
 
 
 # --- in ---
@@ -316,59 +588,61 @@ def test_a_failed_export_leaves_no_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["none", "linear", "mlp"])
 @pytest.mark.parametrize("shards", ["5GB", "8KB"])
 def test_we_compute_what_we_imported(heads, kind, shards, tmp_path):
-    model = theirs(heads=heads, rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rms_norm_eps=1e-4)
+    model = theirs(heads=heads, **ROPE, rms_norm_eps=1e-4)
     model.save_pretrained(tmp_path, max_shard_size=shards)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "8KB")
-    ours = import_hf(tmp_path, knock_q="linear", knock_v=kind)
-    assert ours.config == config_of_ours(heads, knock_q="linear", knock_v=kind, norm_eps=1e-4)
-    assert_same(ours, model)
-    fresh = Transformer(ours.config)
-    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in fresh.named_parameters()]
-    fresh.load_state_dict(ours.state_dict())
+    imported = import_hf(tmp_path, knock_q="linear", knock_v=kind)
+    expected = config_of_ours(heads, knock_q="linear", knock_v=kind, norm_eps=1e-4)
+    assert imported.config == expected
+    assert_same(imported, model)
+    fresh = Transformer(imported.config)
+    names = [name for name, _ in fresh.named_parameters()]
+    assert [name for name, _ in imported.named_parameters()] == names
+    fresh.load_state_dict(imported.state_dict())
     assert_same(fresh, model)
 
 
 def test_import_reads_older_configs_and_other_dtypes(tmp_path):
-    model = theirs(rope_parameters={"rope_type": "default", "rope_theta": 500.0}).bfloat16()
-    model.save_pretrained(tmp_path)
+    theirs(**ROPE).bfloat16().save_pretrained(tmp_path)
     edit_config(tmp_path, rope_parameters="removed", rope_theta=500, rope_scaling=None)
-    ours = import_hf(tmp_path, block_size=64)
-    assert ours.config.block_size == 64 and {p.dtype for p in ours.parameters()} == {torch.float32}
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert_same(ours, model, shapes=[(2, 40)])
+    imported = import_hf(tmp_path, block_size=64)
+    assert imported.config.block_size == 64
+    assert {p.dtype for p in imported.parameters()} == {torch.float32}
+    assert_same(imported, load(tmp_path, dtype=torch.float32), shapes=[(2, 40)])
 
 
-def test_imported_trained_and_exported_again(tmp_path):
-    model = theirs(rope_parameters={"rope_type": "default", "rope_theta": 500.0})
-    model.save_pretrained(tmp_path / "in")
-    ours = import_hf(tmp_path / "in", knock_q="linear", knock_k="linear", knock_v="linear")
-    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.05)
-    tokens = torch.randint(50, (4, 20))
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_imported_trained_and_exported_again(kind, byte, tmp_path):
+    theirs(**ROPE).save_pretrained(tmp_path / "in")
+    model = import_hf(tmp_path / "in", **KINDS[kind])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    tokens = random_tokens(4, 20)
     losses = []
     for _ in range(5):
-        losses.append(ours(tokens[:, :-1], tokens[:, 1:]))
+        losses.append(model(tokens[:, :-1], tokens[:, 1:]))
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
-    assert all(abs(diagonal - 1) + rest > 0.1 for diagonal, rest in knock_movement(ours).values())
-    export_hf(ours, tmp_path / "out")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert_same(loaded, ours)
-    assert_same(import_hf(tmp_path / "out"), ours)
+    assert all(abs(diagonal - 1) + rest > 0.1 for diagonal, rest in knock_movement(model).values())
+    export_hf(model, tmp_path / "out", byte)
+    assert_same(load(tmp_path / "out"), model)
+    if kind == "linear":
+        assert_same(import_hf(tmp_path / "out"), model)
+    else:
+        with pytest.raises(ValueError, match="a model of type 'kha_qwen3', not qwen3"):
+            import_hf(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     "changes,message",
     [
         (dict(model_type="llama"), "has a model of type 'llama', not qwen3"),
-        (dict(tie_word_embeddings=False), "output projection of its own"),
-        (dict(tie_word_embeddings="removed"), "output projection of its own"),  # Qwen3's own default
         (dict(attention_bias=True), "has biases"),
         (dict(use_sliding_window=True), "has sliding windows"),
         (dict(hidden_act="gelu"), "has the activation gelu, not silu"),
-        (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}), "has scaled RoPE"),
-        (dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), "has scaled RoPE"),
+        (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}), "scaled"),
+        (dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), "scaled RoPE"),
         (dict(hidden_size="removed"), "damaged or not a Qwen3 model .*hidden_size"),
         (dict(num_hidden_layers=3), "damaged or not a Qwen3 model .*model.layers.2"),
         (dict(num_hidden_layers=1), "no place for model.layers.1"),
@@ -383,16 +657,19 @@ def test_what_is_not_ours_to_compute_is_refused(changes, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_an_output_projection_in_the_file_must_be_the_embedding(tmp_path):
-    from safetensors.torch import load_file, save_file
+def test_an_output_projection_must_be_the_embedding(tmp_path):
+    theirs(tie_word_embeddings=False).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lm_head.weight.* is not its embedding"):
+        import_hf(tmp_path)
 
-    model, file = theirs(), tmp_path / "model.safetensors"
+    model = theirs(tie_word_embeddings=False)
+    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
     model.save_pretrained(tmp_path)
-    weights = load_file(file)
-    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, file)
-    assert_same(import_hf(tmp_path), model)
-    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, file)
-    with pytest.raises(ValueError, match="whose output projection is not its embedding"):
+    assert_same(import_hf(tmp_path), model)  # two weights, but they are equal
+
+    theirs().save_pretrained(tmp_path)
+    edit_config(tmp_path, tie_word_embeddings="removed")  # by default Qwen3 is not tied
+    with pytest.raises(ValueError, match="damaged .*lm_head.weight"):
         import_hf(tmp_path)
 
 
@@ -413,8 +690,9 @@ def test_damaged_and_missing_files_are_named(tmp_path):
         import_hf(tmp_path)
 
 
-def test_without_safetensors_the_way_out_is_named(tmp_path, monkeypatch):
+def test_without_safetensors_the_way_out_is_named(byte, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    for call in (lambda: import_hf(tmp_path), lambda: export_hf(Transformer(config_of_ours()), tmp_path / "hf")):
-        with pytest.raises(ValueError, match=r"pip install '.\[hf\]'"):
-            call()
+    with pytest.raises(ValueError, match=r"pip install '.\[hf\]'"):
+        import_hf(tmp_path)
+    with pytest.raises(ValueError, match=r"pip install '.\[hf\]'"):
+        export_hf(ours(), tmp_path / "hf", byte)
