@@ -769,6 +769,15 @@ def test_the_later_of_two_different_runs_is_refused(tmp_path, monkeypatch):
     assert earlier == [load_meta(out)] and sorted(os.listdir(tmp_path)) == ["in", "notes", "out"]
 
 
+def test_default_data_that_another_machine_prepares_meanwhile_are_used(prepared, monkeypatch):
+    def prepare(inputs, folder):
+        shutil.copytree(prepared, folder)
+        raise FileExistsError(f"{folder} has appeared meanwhile")
+
+    monkeypatch.setattr(module, "prepare", prepare)
+    module.find_data(module.DEFAULT_DATA)
+
+
 def test_what_a_killed_run_left_is_in_nobodys_way(tmp_path):
     write_texts(tmp_path / "in", range(100))
     left = tmp_path / f"out.tmp-{os.getpid()}"

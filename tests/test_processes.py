@@ -169,7 +169,7 @@ def test_a_folder_takes_one_run_at_a_time(start, data, tmp_path):
     args = [*LONG, "--save_every", 100000, "--data", data, "--out", tmp_path]
     first = start(*args)
     wait_for(has_line(tmp_path), first)
-    second = train_script(*args)
+    second = train_script(*SHORT, "--data", data, "--out", tmp_path)
     assert second.returncode == 2
     assert f"error: another run is writing {tmp_path}" in second.stderr
     first.terminate()

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from data.checkpoint import load_checkpoint, restore
 from data.figures import flops_per_token, memory_advice
 from data.hf import export_hf
 from data.log import Log
-from data.tokens import draw_batch, load_meta
+from data.tokens import draw_batch, load_meta, load_tokenizer
 from kha import CONFIGS, Config, Transformer
 from sample import evaluate
 from tests.reference import scramble
@@ -265,7 +264,7 @@ def test_a_new_run_starts_from_a_qwen3_folder(data, tmp_path):
     pytest.importorskip("safetensors")
     shape = dict(vocab_size=320, block_size=32, n_layer=1, n_embd=32, n_head=4, n_kv_head=2)
     model = scramble(Transformer(Config(**shape, head_dim=8, d_ff=32, knock_v="none")))
-    export_hf(model, tmp_path / "qwen3")
+    export_hf(model, tmp_path / "qwen3", load_tokenizer("byte"))
     args = ["--init", str(tmp_path / "qwen3"), "--knock_v", "mlp", "--block_size", "16"]
     config, settings, checkpoint = parse_config(args)
     assert (config.knock_v, config.n_embd, config.block_size) == ("mlp", 32, 16)
@@ -288,22 +287,6 @@ def test_weights_that_do_not_fit_are_refused(change, message, whole):
     with pytest.raises(ValueError, match=message) as error:
         parse_config(["--init", str(whole), *change.split()])
     assert "\n" not in str(error.value)
-
-
-def test_weights_need_data_in_their_tokens(data):
-    config, settings, _ = parse_config([*SHORT, "--data", str(data)])
-    start = {"step": 0, "tokenizer": "gpt2"}
-    with pytest.raises(ValueError, match="in tokens of byte and the model in those of gpt2: name"):
-        train.check_run(config, settings, start, "cpu")
-
-
-def test_default_data_that_another_machine_prepares_meanwhile_are_used(data, monkeypatch):
-    def prepare(inputs, folder):
-        shutil.copytree(data, folder)
-        raise FileExistsError(f"{folder} has appeared meanwhile")
-
-    monkeypatch.setattr(train, "prepare", prepare)
-    train.find_data(train.DEFAULT_DATA)
 
 
 # --- the command line ---
