@@ -319,7 +319,7 @@ def test_a_model_trains_on_in_its_own_tokens_only(small, counting, data, tmp_pat
     theirs(vocab_size=640).save_pretrained(model)
     words = ["--init", str(model), "--block_size", "32", "--micro_batch", "4", *TINY]
     words += ["--out", str(out)]
-    with pytest.raises(FileNotFoundError, match="tokenizer.json"):  # nobody knows its tokens
+    with pytest.raises(FileNotFoundError, match="tokenizer.json is missing"):
         train.main([*words, "--data", str(data)])
     small.save(str(model / "tokenizer.json"))
     message = f"{data} is in tokens of byte and the model in those of {model}/tokenizer.json"
