@@ -43,7 +43,7 @@ MAY_CHANGE = ("block_size", "knock_q", "knock_k", "knock_v", "knock_init", "rope
 
 
 def gated_knocks(config: Config) -> dict[str, str]:
-    """The projections with a knock that folding leaves a gate of, such as v_proj, and its kind."""
+    """The projections with a knock of which folding leaves a gate, and its kind: v_proj -> mlp."""
     kinds = {f"{part}_proj": getattr(config, f"knock_{part}") for part in "qkv"}
     return {name: kind for name, kind in kinds.items() if kind in ("mlp", "gate")}
 
@@ -136,7 +136,7 @@ def export_weights(model: Transformer) -> dict[str, torch.Tensor]:
         # experts: (E, in, out) -> (E * out, in)
         rows = weight.mT.flatten(0, 1) if weight.dim() == 3 else weight
         weights |= zip(theirs, rows.contiguous().chunk(len(theirs)), strict=True)
-    # Glm4Moe has a shared expert in every layer. Not all that read it can do with a width of 0.
+    # Glm4Moe has a shared expert in each layer. Width 0 makes llama.cpp compute something else.
     shapes = {"gate": (model.config.d_ff, model.config.n_embd)}
     shapes |= {"up": shapes["gate"], "down": shapes["gate"][::-1]}
     for i in range(len(model.moes())):

@@ -109,6 +109,17 @@ def test_the_library_reads_what_we_write(name, small, monkeypatch):
         assert theirs.decode(theirs.encode(text).ids) == text
 
 
+def test_a_token_without_merges_is_a_whole_piece_only():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {b"ab": 256, b"QZX": 257}
+    ours = tiktoken.Encoding(
+        "own", pat_str=QWEN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258}
+    )
+    theirs = tokenizers.Tokenizer.from_str(to_json(ours))
+    for text, ids in ("QZX", [257]), ("QZXab", [81, 90, 88, 256]):
+        assert theirs.encode(text).ids == ours.encode(text) == ids
+
+
 def test_transformers_takes_the_exported_tokenizer(tmp_path):
     from data.hf import export_hf
     from tests.test_hf import ours
