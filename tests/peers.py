@@ -1,4 +1,4 @@
-"""Other projects, as train.py runs ours: python tests/peers.py PEER [config] [--field value ...]
+"""Other projects and other rules, as train.py runs ours: python tests/peers.py PEER [options]
 
 A peer takes the options of train.py and leaves a log.jsonl like ours in --out: loss, tokens_per_s
 and on CUDA memory_gib of each update. Each is one process, so a signal ends it at once; a run that
@@ -16,6 +16,11 @@ trained, on the first eval_tokens of the held-out tokens. This is the last line 
 transformers: its Qwen3 or Qwen3-MoE in our config's shape. There is no script to run, so it is a
 loop in this file, on random tokens that are on the GPU already. Weights, gradients and moments are
 bfloat16; those of transformers-float32 are float32, and its products bfloat16 as ours are.
+
+no-decay, to-start, slow: our own train.py with another rule for the knocks, whose weights decay to
+zero in train.py as all matrices do. With no-decay they do not decay. With to-start they decay to
+where they started: T, W^up and W^down to the identity, W^gate to zero. With slow their learning
+rate, and so their decay, is a tenth.
 """
 
 import importlib.util
@@ -29,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import chdir, nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # Python looks for modules in this file's folder, not in the one above
@@ -37,7 +43,8 @@ if __name__ == "__main__":  # Python looks for modules in this file's folder, no
 import torch
 from torch import Tensor, nn
 
-from data.figures import PEAK_FLOPS, flops_per_token, of_gpu
+import train as ours
+from data.figures import PEAK_FLOPS, flops_per_token, knocks_of, of_gpu
 from data.log import Log
 from data.script import run_script
 from data.tokens import open_tokens
@@ -47,7 +54,8 @@ from train import TrainConfig, check_run, make_optimizer, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CLONE = Path(os.environ.get("NANOGPT", ROOT.parent / "nanoGPT")).resolve()
-PEERS = ("nanoGPT", "transformers", "transformers-float32")
+RULES = ("no-decay", "to-start", "slow")
+PEERS = ("nanoGPT", "transformers", "transformers-float32", *RULES)
 
 
 def split_command(command: str) -> tuple[str, list[str]]:
@@ -220,6 +228,36 @@ def run_transformers(config: Config, train: TrainConfig, device: str, dtype: tor
         log_update(log, device, step=step + 1, loss=total, tokens_per_s=speed, **mfu)
 
 
+# ---- other rules for the knocks
+
+
+def make_optimizer_with(
+    rule: str, model: Transformer, train: TrainConfig
+) -> torch.optim.Optimizer:
+    """What train.make_optimizer makes, with one of RULES for the knocks, as told above."""
+    optimizer = make_optimizer(model, train)
+    knocks = [p for knock in knocks_of(model).values() for p in knock.parameters()]
+    ids = set(map(id, knocks))
+    matrices = optimizer.param_groups[0]
+    matrices["params"] = [p for p in matrices["params"] if id(p) not in ids]
+    decay = train.weight_decay if rule == "slow" else 0.0
+    lr = matrices["lr"]  # a tensor, in which train.py writes the rate of each update
+    optimizer.add_param_group({"params": knocks, "weight_decay": decay, "lr": lr.clone()})
+    start = [p.detach().clone() for p in knocks]
+
+    @torch.no_grad()
+    def before_step(*_) -> None:
+        if rule == "slow":
+            optimizer.param_groups[-1]["lr"].copy_(lr / 10)
+        if rule == "to-start":
+            pull = lr * train.weight_decay * (1 - optimizer.found_inf)  # 0 if this step is skipped
+            for p, goal in zip(knocks, start, strict=True):
+                p.add_((goal - p) * pull)
+
+    optimizer.register_step_pre_hook(before_step)
+    return optimizer
+
+
 def main(argv: list[str]) -> None:
     """The command line. Raises ValueError or OSError for bad input."""
     peer, options = argv[0] if argv else "", argv[1:]
@@ -227,6 +265,9 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"name a peer first, one of {', '.join(PEERS)}; then options of train.py")
     if reason := missing(peer):
         raise FileNotFoundError(reason)
+    if peer in RULES:
+        ours.make_optimizer = partial(make_optimizer_with, peer)
+        return ours.main(options)
     config, train, _ = parse_config(options)
     device = pick_device(train.device)
     if peer == "nanoGPT":

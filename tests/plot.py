@@ -26,6 +26,9 @@ COLORS = {
     "mlp on q, k, v": "#e69f00",
     "mlp on v, random start": "#009e73",
     "nanoGPT": "#882255",
+    "mlp on v, no decay": "#56b4e9",
+    "mlp on v, decay to the start": "#0072b2",
+    "mlp on v, slow": "#009e73",
 }
 LOSS = "held-out loss, nats per byte"
 DIFFERENCE = "difference to no knocks, nats per byte"
@@ -112,7 +115,7 @@ def losses_of(runs: list[dict]) -> np.ndarray:
 
 
 def draw_differences(findings: Findings, path: Path) -> Path:
-    """The difference to no knocks, a row for each group and kind: pairs as dots, their mean and
+    """The difference to the baseline, a row for each group and kind: pairs as dots, their mean and
     its 95% interval as a bar. All such pictures have the same range."""
     figure, axes = plt.subplots()
     rows = [(group, kind) for group in findings.groups for kind in findings.kinds]
@@ -129,7 +132,8 @@ def draw_differences(findings: Findings, path: Path) -> Path:
         axes.text(1.03, y, f"{text} ({n})", transform=axes.get_yaxis_transform(), va="center")
     axes.axvline(0, color=COLORS["none"], linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{group}, {kind}".strip(", ") for group, kind in rows])
-    axes.set(xlim=(-RANGE, RANGE), ylim=(len(rows) - 0.5, -0.5), xlabel=DIFFERENCE)
+    label = DIFFERENCE.replace("no knocks", findings.study.baseline.replace("none", "no knocks"))
+    axes.set(xlim=(-RANGE, RANGE), ylim=(len(rows) - 0.5, -0.5), xlabel=label)
     axes.text(1.03, -0.8, "mean ± 95% (pairs)", transform=axes.get_yaxis_transform())
     figure.set_size_inches(9, 1.2 + 0.4 * len(rows))
     return save(figure, path)

@@ -19,7 +19,8 @@ from data.checkpoint import list_checkpoints, load_checkpoint
 
 
 class Run(NamedTuple):
-    """A run of train.py. Its baseline is the run of the same group and seed without knocks."""
+    """A run of train.py. Its baseline is the run of the same group and seed without knocks, or of
+    the kind that the study names."""
 
     group: str
     kind: str
@@ -28,12 +29,13 @@ class Run(NamedTuple):
 
 
 class Study(NamedTuple):
-    """What tells the groups of runs apart; the runs, the most valuable first; and the tokenizer of
-    the data on which they are trained."""
+    """What tells the groups of runs apart; the runs, the most valuable first; the tokenizer of the
+    data on which they are trained; and the kind of run that the others are compared with."""
 
     groups: str
     runs: list[Run]
     tokenizer: str = "byte"
+    baseline: str = "none"
 
 
 # ---- what a run leaves
@@ -164,7 +166,8 @@ class Findings:
         Raises ValueError if two differ in more than their knocks.
         """
         pairs = []
-        baselines = self.results.get((group, "none"), {}) if kind != "none" else {}
+        baseline = self.study.baseline
+        baselines = self.results.get((group, baseline), {}) if kind != baseline else {}
         for seed, result in self.results.get((group, kind), {}).items():
             baseline = baselines.get(seed)
             if baseline is None or None in (result["val_loss"], baseline["val_loss"]):
@@ -228,7 +231,8 @@ def difference_cells(differences: list[float]) -> list[str]:
 
 
 def loss_table(findings: Findings) -> str:
-    """A row for each group and kind: means and sums over seeds, and the difference to none."""
+    """A row for each group and kind: means and sums over seeds, and the difference to the
+    baseline."""
     groups = findings.study.groups
     head = ["knocks", "held-out loss", "bits per byte", "spikes", "skipped", "runs",
             "difference", "pairs"]  # fmt: skip
@@ -316,7 +320,7 @@ def time_table(findings: Findings) -> str:
 
 
 DIFFERENCES = (
-    " Differences are to the run of the same seed without knocks, ± their 95% interval (Student's t"
+    " Differences are to the run of the same seed {baseline}, ± their 95% interval (Student's t"
     " over the pairs)."
 )
 TIMES = (
@@ -352,7 +356,8 @@ def report(name: str, study: Study, results: list[dict]) -> str:
         parts.append(loss_table(findings))
         if name == "stability":
             parts.append(sensitivity_table(findings))
-        parts.append(caption(findings, DIFFERENCES))
+        baseline = "without knocks" if study.baseline == "none" else f"with {study.baseline}"
+        parts.append(caption(findings, DIFFERENCES.format(baseline=baseline)))
     return "\n".join(part for part in parts if part) or "No run has ended yet.\n"
 
 

@@ -146,6 +146,11 @@ GPT2 = {
     f"{lr:g}": f"gpt2 --batch_tokens 32768 --steps 2500 --eval_every 250 --lr {lr:g}"
     for lr in (6e-4, 1.2e-3)
 }
+RULES = {  # of tests/peers.py, by kind
+    "mlp on v, no decay": "no-decay",
+    "mlp on v, decay to the start": "to-start",
+    "mlp on v, slow": "slow",
+}
 STUDIES = {
     "stability": Study(
         "learning rate",
@@ -168,6 +173,16 @@ STUDIES = {
     "variants": Study(
         "attention",
         grid(VARIANTS, PAIR, range(1, 3)) + grid(MLA, ["none", "linear on v"], range(1, 3)),
+    ),
+    "decay": Study(
+        "",
+        grid({"": small()}, PAIR, range(1, 5))
+        + [
+            Run("", kind, run.seed, f"{rule} {run.command}")
+            for run in grid({"": small()}, ["mlp on v"], range(1, 5))
+            for kind, rule in RULES.items()
+        ],
+        baseline="mlp on v",
     ),
     "heads": Study("query heads", grid(HEADS, PAIR, range(1, 4))),
     "time_to_loss": Study(

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from data.tokens import open_tokens
+from kha import Config, Transformer
 from tests import bench, peers, report, study
 from tests.runs import ROOT, SHAPE, environment
-from train import parse_config
+from train import TrainConfig, parse_config
 
 TINY = f"toy {' '.join(SHAPE)} --batch_tokens 256 --eval_tokens 512 --steps 24"
 DENSE = "--n_expert 0 --top_k 0"
@@ -98,6 +99,50 @@ def test_a_run_of_nanogpt_leaves_a_log_like_ours(data, clone):
 def test_a_run_of_transformers_learns(data, peer):
     updates, evals = run_peer(f"{peer} {TINY} {DENSE} --lr 0.01", data)
     assert updates[0]["loss"] > 5 > updates[-1]["loss"] and len(updates) == 24 and not evals
+
+
+@pytest.mark.parametrize("rule", peers.RULES)
+def test_other_rules_move_the_knocks_as_they_say(rule):
+    """Three steps against AdamW's equations in float64. The second of them is to be skipped."""
+    train = TrainConfig(lr=0.1, weight_decay=0.5)
+    model = Transformer(Config(n_layer=1, n_embd=16, n_head=2, n_kv_head=2, head_dim=8)).double()
+    optimizer = peers.make_optimizer_with(rule, model, train)
+    knock = model.blocks[0].attn.wv.knock
+    others = [p for p in model.parameters() if p is not knock.up]
+    p, start = knock.up.detach().clone(), torch.eye(8, dtype=torch.float64)
+    first, second = torch.zeros(8, 8), torch.zeros(8, 8)
+    for step in (1, 2, 3):
+        skipped = step == 2
+        lr = 0.1 * step
+        for group in optimizer.param_groups:
+            group["lr"].fill_(lr)
+        knock.up.grad = torch.randn(8, 8, dtype=torch.float64)
+        optimizer.found_inf = torch.tensor(float(skipped))
+        optimizer.step()
+        if not skipped:
+            n = 1 if step == 1 else 2
+            lr = lr / 10 if rule == "slow" else lr
+            goal = start if rule == "to-start" else 0
+            p = p - lr * (0 if rule == "no-decay" else 0.5) * (p - goal)
+            first = 0.9 * first + 0.1 * knock.up.grad
+            second = 0.95 * second + 0.05 * knock.up.grad**2
+            p = p - lr * (first / (1 - 0.9**n)) / ((second / (1 - 0.95**n)).sqrt() + 1e-8)
+        torch.testing.assert_close(knock.up.detach(), p, rtol=1e-5, atol=1e-6)
+        assert optimizer.param_groups[0]["lr"].item() == pytest.approx(0.1 * step)
+    in_groups = [x for group in optimizer.param_groups for x in group["params"]]
+    assert len(in_groups) == len(set(map(id, in_groups))) == len(others) + 1
+    assert [group["weight_decay"] for group in optimizer.param_groups[:2]] == [0.5, 0]
+
+
+def test_a_run_with_another_rule_goes_on_where_it_was(data, monkeypatch):
+    monkeypatch.setattr(peers.ours, "make_optimizer", peers.make_optimizer)  # put back at the end
+    options = f"{TINY} --prompt a --data {data} --out".split()
+    for rule in ("slow", "no-decay"):
+        peers.main([rule, *options, rule])
+    peers.main(["slow", *options, "halves", "--save_every", "12", "--steps", "12"])
+    peers.main(["slow", *options, "halves", "--resume"])
+    slow, none, halves = (report.read_log(Path(out))[1] for out in ("slow", "no-decay", "halves"))
+    assert halves[-1]["step"] == slow[-1]["step"] == 24 and slow[-1]["knocks"] != none[-1]["knocks"]
 
 
 def table(monkeypatch, capfd, rows, data):

@@ -19,6 +19,15 @@ def test_the_reading_guide_names_what_is_there(name, file):
     assert re.search(rf"^\s*(class |def )?{name}\b", (ROOT / file).read_text(), re.MULTILINE)
 
 
+def test_the_differences_in_the_table_are_those_of_the_study():
+    shown = re.findall(r"(?:linear|mlp) ([+−]\d\.\d+ ± \d\.\d+)", README)
+    (rate,) = re.findall(r"lr (\S+) \|", README)
+    results = (ROOT / "tests" / "results" / "README.md").read_text()
+    rows = re.findall(rf"^\| {float(rate)} \| (?:linear|mlp) on v .*", results, re.MULTILINE)
+    assert len(shown) == len(rows) == 2
+    assert all(difference in row for difference, row in zip(shown, rows, strict=True))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_memory_table_is_what_the_function_says(name):
     config, gib = Config(**CONFIGS[name]), []
