@@ -38,10 +38,12 @@ HF_SIZES = {  # field of Config -> key of config.json
     "d_ff": "intermediate_size",
     "norm_eps": "rms_norm_eps",
 }
+# What one may change of an imported model: its weights fit all the same.
+MAY_CHANGE = ("block_size", "knock_q", "knock_k", "knock_v", "knock_init", "rope_base", "norm_eps")
 
 
 def gated_knocks(config: Config) -> dict[str, str]:
-    """The projections with a knock that folding leaves a gate of, such as v_proj, and its kind."""
+    """The projections with a knock of which folding leaves a gate, and its kind: v_proj -> mlp."""
     kinds = {f"{part}_proj": getattr(config, f"knock_{part}") for part in "qkv"}
     return {name: kind for name, kind in kinds.items() if kind in ("mlp", "gate")}
 
@@ -134,7 +136,7 @@ def export_weights(model: Transformer) -> dict[str, torch.Tensor]:
         # experts: (E, in, out) -> (E * out, in)
         rows = weight.mT.flatten(0, 1) if weight.dim() == 3 else weight
         weights |= zip(theirs, rows.contiguous().chunk(len(theirs)), strict=True)
-    # Glm4Moe has a shared expert in every layer. Not all that read it can do with a width of 0.
+    # Glm4Moe has a shared expert in each layer. Width 0 makes llama.cpp compute something else.
     shapes = {"gate": (model.config.d_ff, model.config.n_embd)}
     shapes |= {"up": shapes["gate"], "down": shapes["gate"][::-1]}
     for i in range(len(model.moes())):
@@ -207,8 +209,8 @@ def import_hf(folder: str, **changes) -> Transformer:
     knock_v, which start at the identity and so change nothing (default: mlp on v), and block_size
     (default: the model's longest context).
 
-    Raises ValueError for a model that is not Qwen3, has what ours has not, or is damaged; OSError
-    for a missing file.
+    Raises ValueError for a model that is not Qwen3, has what ours has not, or is damaged, and for
+    changes that its weights do not fit; OSError for a missing file.
     """
     safetensors = import_safetensors()
     try:
@@ -227,7 +229,11 @@ def import_hf(folder: str, **changes) -> Transformer:
                 raise ValueError(f"cannot import {folder}, which has {what}")
         fields = {our: hf[theirs] for our, theirs in HF_SIZES.items()}
         fields["rope_base"] = float(rope.get("rope_theta") or hf.get("rope_theta", 10000.0))
-        config = Config(**{**fields, **changes})
+        config, own = Config(**{**fields, **changes}), Config(**fields)
+        for field, value in changes.items():
+            if field not in MAY_CHANGE and value != getattr(own, field):
+                raise ValueError(f"--{field} {value} does not fit {folder}, which has"
+                                 f" {getattr(own, field)}: leave it out")
 
         files, index = {"model.safetensors"}, Path(folder, "model.safetensors.index.json")
         if index.exists():
@@ -247,7 +253,10 @@ def import_hf(folder: str, **changes) -> Transformer:
             model = Transformer(config)
         knocks = {name: knock.to_empty(device="cpu") for name, knock in knocks_of(model).items()}
         model.load_state_dict(weights, strict=False, assign=True)  # all but the knocks
-    except (KeyError, RuntimeError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+    except (
+        json.JSONDecodeError, safetensors.SafetensorError, RuntimeError, KeyError, TypeError,
+        AttributeError,
+    ) as error:  # fmt: skip
         reason = str(error).strip().split("\n")[-1].strip()
         raise ValueError(f"{folder} is damaged or not a Qwen3 model ({reason})") from error
     for knock in knocks.values():
@@ -258,9 +267,11 @@ def import_hf(folder: str, **changes) -> Transformer:
 def start_from_hf(folder: str, changes: dict) -> tuple[Config, dict]:
     """The Config of a new run and the checkpoint that it starts from, with the weights and the
     tokenizer of a Qwen3 folder. Raises what import_hf raises."""
+    tokenizer = os.path.join(folder, TOKENIZER_FILE)
+    if not os.path.isfile(tokenizer):
+        raise FileNotFoundError(f"{tokenizer} is missing: put the model's own there")
     model = import_hf(folder, **changes)
-    start = {"step": 0, "tokenizer": os.path.join(folder, TOKENIZER_FILE)}
-    return model.config, {"model": model.state_dict(), **start}
+    return model.config, {"model": model.state_dict(), "step": 0, "tokenizer": tokenizer}
 
 
 def check_head(folder: str, weights: dict[str, torch.Tensor], tied: bool) -> None:

@@ -89,7 +89,7 @@ class KHAGlm4MoeForCausalLM(Knocked, Glm4MoeForCausalLM):
     config_class = KHAGlm4MoeConfig
 
 
-# `transformers serve` looks for a model's class in the package. There may be two modules of that
-# name, so their class gets it.
+# `transformers serve` looks for a model's class in the package transformers. That may be loaded as
+# two modules, which have one class in common: each finds there what it lacks itself.
 for cls in (KHAQwen3ForCausalLM, KHAGlm4MoeForCausalLM):
     setattr(type(transformers), cls.__name__, cls)

@@ -16,7 +16,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 END = "<|endoftext|>"  # the token that ends a document
 PIECES = "(?s:.{1,64})"  # a pattern for tokenizers without merges: any pieces will do
-POSSESSIVE = re.compile(r"(\{\d+(?:,\d*)?\})\+")  # after {1,3} this is another + in tokenizer.json
+POSSESSIVE = re.compile(r"(\{\d+(?:,\d*)?\})\+")  # \p{N}{1,3}+ means more than {1,3} there
 
 
 def byte_letters() -> list[str]:
@@ -44,8 +44,8 @@ def unspell(token: str) -> bytes:
 
 
 def find_merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pair that tiktoken makes each token of, in the order of ranks. Tokens that it makes of
-    no pair, so that only whole pieces can be them, have none."""
+    """The pair of which tiktoken makes each token, in the order of ranks. A token that it makes of
+    no pair is left out: only a whole piece of text becomes that."""
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
@@ -84,7 +84,7 @@ def to_json(tokenizer: tiktoken.Encoding) -> str:
         "pre_tokenizer": cut,
         "post_processor": None,
         "decoder": letters,
-        # Only in the vocabulary, too, do added tokens keep their ids.
+        # Added tokens keep their ids only if they are in the vocabulary, too.
         "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab | special, "merges": merges},
     }  # fmt: skip
     return json.dumps(content, ensure_ascii=False)
@@ -109,8 +109,10 @@ class JsonTokenizer(tiktoken.Encoding):
             ranks = {unspell(token): i for token, i in model["vocab"].items() if token not in added}
             check_tokens(model, ranks, added)
             super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
-            every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))  # character
-            if self.decode(self.encode(every, disallowed_special=())) != self.normalize(every):
+            numbers = [*range(0xD800), *range(0xE000, 0x110000)]  # between them are surrogates
+            characters = "".join(map(chr, numbers))
+            ids = self.encode(characters, disallowed_special=())
+            if self.decode(ids) != self.normalize(characters):
                 raise ValueError("a pattern that leaves characters out")
         except (
             json.JSONDecodeError, RecursionError, LookupError, TypeError, AttributeError,
@@ -198,5 +200,5 @@ def are_in_order(model: dict, ranks: dict[bytes, int]) -> bool:
     made = {a + b for a, b in ours}
     if any(a + b not in made for a, b in merges):
         return False
-    # Of other tokens tiktoken makes whole pieces only, as ignore_merges says.
+    # Other tokens can only be whole pieces in tiktoken. There ignore_merges means the same.
     return len(made) + 256 == len(ranks) or bool(model.get("ignore_merges"))

@@ -73,18 +73,19 @@ def tokenizer_for_checkpoint(tokenizer: tiktoken.Encoding) -> str:
 
 
 def check_tokenizer(folder: str, tokenizer: tiktoken.Encoding) -> None:
-    """Raises ValueError if prepared data have other ids than the tokenizer of a model."""
+    """Raises ValueError if prepared data are in other tokens than those of a model's tokenizer."""
     name = load_meta(folder)["tokenizer"]
     data = load_tokenizer(name)
-    if (data._mergeable_ranks, data._special_tokens) != (
-        tokenizer._mergeable_ranks,
-        tokenizer._special_tokens,
-    ):
-        raise ValueError(
-            f"{folder} is in tokens of {name} and the model in those of {tokenizer.name}: prepare"
-            f" that text with --tokenizer {tokenizer.name}"
-            + " (it lies where the model's data are)" * (tokenizer.name == TOKENIZER_FILE)
-        )
+    if (data._mergeable_ranks == tokenizer._mergeable_ranks
+            and data._special_tokens == tokenizer._special_tokens):  # fmt: skip
+        return
+    place = ""
+    if tokenizer.name == TOKENIZER_FILE:  # the text of a file that has lost its path
+        place = " (it is in the folder of the model's data)"
+    raise ValueError(
+        f"{folder} is in tokens of {name} and the model in those of {tokenizer.name}: prepare that"
+        f" text with --tokenizer {tokenizer.name}{place}"
+    )
 
 
 def token_dtype(encoding: tiktoken.Encoding) -> np.dtype:

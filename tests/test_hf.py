@@ -657,6 +657,23 @@ def test_what_is_not_ours_to_compute_is_refused(changes, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(n_layer=3), "--n_layer 3 does not fit .*, which has 2: leave it out"),
+        (dict(n_layer=1), "--n_layer 1 does not fit"),
+        (dict(vocab_size=384), "--vocab_size 384 does not fit .*, which has 320"),
+        (dict(attention="gta"), "--attention gta does not fit .*, which has gqa"),
+        (MIXTURE, "--n_expert 6 does not fit"),
+    ],
+)
+def test_changes_that_the_weights_do_not_fit_are_refused(changes, message, tmp_path):
+    theirs().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        import_hf(tmp_path, **changes)
+    assert import_hf(tmp_path, n_layer=2, norm_eps=1e-5).config.norm_eps == 1e-5
+
+
 def test_an_output_projection_must_be_the_embedding(tmp_path):
     theirs(tie_word_embeddings=False).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="lm_head.weight.* is not its embedding"):
@@ -685,9 +702,10 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     shard.unlink()
     with pytest.raises(FileNotFoundError):
         import_hf(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged or not a Qwen3 model"):
-        import_hf(tmp_path)
+    for damaged in ("{", "[]", '{"model_type": "qwen3", "rope_scaling": 3}'):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match="is damaged or not a Qwen3 model"):
+            import_hf(tmp_path)
 
 
 def test_without_safetensors_the_way_out_is_named(byte, tmp_path, monkeypatch):

@@ -109,6 +109,17 @@ def test_the_library_reads_what_we_write(name, small, monkeypatch):
         assert theirs.decode(theirs.encode(text).ids) == text
 
 
+def test_a_token_without_merges_is_a_whole_piece_only():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {b"ab": 256, b"QZX": 257}
+    ours = tiktoken.Encoding(
+        "own", pat_str=QWEN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258}
+    )
+    theirs = tokenizers.Tokenizer.from_str(to_json(ours))
+    for text, ids in ("QZX", [257]), ("QZXab", [81, 90, 88, 256]):
+        assert theirs.encode(text).ids == ours.encode(text) == ids
+
+
 def test_transformers_takes_the_exported_tokenizer(tmp_path):
     from data.hf import export_hf
     from tests.test_hf import ours
@@ -319,7 +330,7 @@ def test_a_model_trains_on_in_its_own_tokens_only(small, counting, data, tmp_pat
     theirs(vocab_size=640).save_pretrained(model)
     words = ["--init", str(model), "--block_size", "32", "--micro_batch", "4", *TINY]
     words += ["--out", str(out)]
-    with pytest.raises(FileNotFoundError, match="tokenizer.json"):  # nobody knows its tokens
+    with pytest.raises(FileNotFoundError, match="tokenizer.json is missing"):
         train.main([*words, "--data", str(data)])
     small.save(str(model / "tokenizer.json"))
     message = f"{data} is in tokens of byte and the model in those of {model}/tokenizer.json"
