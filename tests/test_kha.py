@@ -2,6 +2,9 @@
 
 import copy
 import dataclasses
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from kha import (
 from sample import Cache, generate
 from tests import reference
 from tests.reference import scramble
+from tests.runs import ROOT
 
 SMALL = dict(
     vocab_size=50, block_size=32, n_layer=2, n_embd=24, n_head=6, n_kv_head=2, head_dim=8, d_ff=24,
@@ -58,15 +62,13 @@ def test_knock_is_the_equation_forward_and_backward(kind, dtype, tolerance):
     exact_y.backward(out_grad)
     torch.testing.assert_close(y.double(), exact_y, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=tolerance, atol=10 * tolerance)
-    for (
-        name,
-        p,
-    ) in heads.named_parameters():  # every head's gradient arrives in the one shared matrix
+    # The gradients of all heads arrive in the one matrix that they share.
+    for name, p in heads.named_parameters():
         expected = exact[name.split(".")[-1]].grad
         torch.testing.assert_close(p.grad.double(), expected, rtol=tolerance, atol=100 * tolerance)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize(
     "n_token", [1, 77, 4096], ids=["less than a tile", "uneven tiles", "many tiles"]
@@ -432,6 +434,20 @@ def test_shapes_that_cannot_be_are_refused_in_one_line(bad, message):
     with pytest.raises(ValueError, match=message) as error:
         Config(**{**SMALL, **bad})
     assert "\n" not in str(error.value)
+
+
+def test_kha_and_moe_copied_alone_are_enough(tmp_path):
+    for name in ("kha.py", "moe.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    script = """
+import torch, kha
+model = kha.Transformer(kha.Config(**kha.CONFIGS["toy"]))
+tokens = torch.randint(320, (2, 16))
+model(tokens, tokens).backward()
+assert all(p.grad is not None for p in model.parameters())
+"""
+    subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path[0:0] = ['.']{script}"],
+                   cwd=tmp_path, check=True)
 
 
 def test_a_sequence_longer_than_the_context_is_refused():

@@ -111,6 +111,34 @@ def test_gradient_accumulation_is_the_large_batch(data, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("experts", ["--n_expert 0 --top_k 0", ""], ids=["dense", "mixture"])
+def test_on_a_gpu_a_graph_many_micro_batches_and_a_cpu_learn_the_same(experts, data, tmp_path):
+    """One micro-batch an update is a CUDA graph from the second update on."""
+    losses = []
+    for how in ("--micro_batch 8", "--micro_batch 2", "--micro_batch 8 --device cpu"):
+        out = tmp_path / how.replace(" ", "")
+        args = f"{experts} --data {data} --out {out} --device cuda {how}"
+        main([*SHORT, *args.split()])
+        losses.append([line["loss"] for line in log_of(out)[0]])
+    assert losses[0] == pytest.approx(losses[2], rel=0.02)
+    assert losses[1] == pytest.approx(losses[2], rel=0.02)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_goes_on_where_it_was(data, tmp_path):
+    args = f"--data {data} --device cuda --out {tmp_path}".split()
+    main([*SHORT, *args])
+    whole = log_of(tmp_path)[0]
+    (tmp_path / "step-00000030.pt").unlink()
+    main([*SHORT, *args, "--resume"])
+    again = log_of(tmp_path)[0]
+    assert [line["step"] for line in again] == list(range(1, 31))
+    assert again[:20] == whole[:20] and again[20:] != whole[20:]  # the times differ
+    losses = ([line["loss"] for line in lines] for lines in (whole, again))
+    assert next(losses) == pytest.approx(next(losses), rel=0.02)
+
+
 def test_learning_rate_warms_up_peaks_and_ends_at_a_tenth():
     settings = TrainConfig(lr=1.0, steps=1000)
     rates = [lr_at(step, settings) for step in range(1000)]
