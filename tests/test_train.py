@@ -45,6 +45,8 @@ def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
         line["worst_load"] >= 1 and line["grad_norm"] > 0 and line["tokens_per_s"] > 0
         for line in steps
     )
+    schedule = TrainConfig(lr=0.01, steps=30)
+    assert [line["lr"] for line in steps] == [lr_at(step, schedule) for step in range(30)]
     assert [line["step"] for line in evals] == [10, 20, 30]
     counts = load_meta(data)["val"]  # there are as many bytes as tokens, but for the ends of texts
     bits = evals[-1]["val_loss"] / math.log(2) * counts["tokens"]
@@ -131,7 +133,7 @@ def test_each_update_has_the_learning_rate_of_its_step(data, tmp_path, monkeypat
 
 
 def test_updates_are_adamw_on_clipped_gradients():
-    """Two of two micro-batches each, against the published formulas."""
+    """Two updates, each of two micro-batches, against the published formulas."""
     settings = TrainConfig(lr=0.01, beta1=0.8, beta2=0.9, weight_decay=0.5, grad_clip=0.1)
     torch.manual_seed(0)
     shape = dict(vocab_size=50, block_size=8, n_layer=1, n_embd=16, n_head=2, n_kv_head=2)
