@@ -181,13 +181,20 @@ def test_the_worst_load_is_that_of_the_worst_layer_and_each_is_balanced():
     assert not second.any()
 
 
-def test_the_seed_decides_the_start():
-    def embedding(seed):
-        config, settings, _ = parse_config([*SHORT, "--seed", seed])
-        return train.build_model(config, settings, "cpu", 1)[0].embed.weight
+def test_the_seed_decides_the_start_and_the_batches(data, tmp_path, monkeypatch):
+    def draw(tokens, n, length, seed, *rest):
+        seeds.append(seed)
+        return draw_batch(tokens, n, length, seed, *rest)
 
-    assert torch.equal(embedding("7"), embedding("7"))
-    assert not torch.equal(embedding("7"), embedding("8"))
+    seeds, starts = [], []
+    monkeypatch.setattr(train, "draw_batch", draw)
+    monkeypatch.setattr(train, "lr_at", lambda *_: 0.0)  # the end is the start
+    for out, seed in (("a", "7"), ("b", "7"), ("c", "8")):
+        args = ["--seed", seed, "--steps", "1", "--out", str(tmp_path / out)]
+        main([*SHORT, "--data", str(data), *args])
+        starts.append(weights_of(tmp_path / out)["embed.weight"])
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+    assert set(seeds[:-2]) == {7} and set(seeds[-2:]) == {8}  # each run draws one batch ahead
 
 
 def test_speed_is_tokens_in_a_second_and_the_share_of_all_peaks(tmp_path, monkeypatch):
