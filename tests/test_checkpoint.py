@@ -3,6 +3,7 @@
 import dataclasses
 import resource
 import struct
+import time
 import zipfile
 
 import pytest
@@ -55,6 +56,15 @@ def test_the_best_is_kept_beside_the_last_two(tmp_path):
         assert checkpoint["step"] == best and checkpoint["path"] == f"{tmp_path}/best.pt"
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["best.pt", "step-00000005.pt", "step-00000006.pt"]
+
+
+def test_an_error_elsewhere_waits_for_the_checkpoint(tmp_path, monkeypatch):
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: (time.sleep(0.2), save(*args)))
+    with pytest.raises(KeyboardInterrupt), Saver(tmp_path, start=0) as saver:
+        saver.save({**tiny_checkpoint(1)[1], "val_loss": None})
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
 
 
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):

@@ -158,6 +158,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, whole, halves,
     assert_same_run(whole, halves)
 
 
+def test_a_damaged_best_checkpoint_is_replaced(halves, data, capsys):
+    (halves / "step-00000030.pt").unlink()
+    (halves / "best.pt").write_bytes(b"damaged")
+    main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
+    warning = "best.pt is damaged or not a checkpoint of this project"
+    assert warning in capsys.readouterr().err
+    assert load_checkpoint(halves / "best.pt")[1]["step"] == 30
+
+
 def test_with_all_checkpoints_damaged_nothing_is_touched(halves):
     for path in halves.glob("*.pt"):
         path.write_bytes(cut(path.read_bytes()))

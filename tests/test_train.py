@@ -45,6 +45,8 @@ def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
         line["worst_load"] >= 1 and line["grad_norm"] > 0 and line["tokens_per_s"] > 0
         for line in steps
     )
+    schedule = TrainConfig(lr=0.01, steps=30)
+    assert [line["lr"] for line in steps] == [lr_at(step, schedule) for step in range(30)]
     assert [line["step"] for line in evals] == [10, 20, 30]
     counts = load_meta(data)["val"]  # there are as many bytes as tokens, but for the ends of texts
     bits = evals[-1]["val_loss"] / math.log(2) * counts["tokens"]
@@ -159,7 +161,7 @@ def test_each_update_has_the_learning_rate_of_its_step(data, tmp_path, monkeypat
 
 
 def test_updates_are_adamw_on_clipped_gradients():
-    """Two of two micro-batches each, against the published formulas."""
+    """Two updates, each of two micro-batches, against the published formulas."""
     settings = TrainConfig(lr=0.01, beta1=0.8, beta2=0.9, weight_decay=0.5, grad_clip=0.1)
     torch.manual_seed(0)
     shape = dict(vocab_size=50, block_size=8, n_layer=1, n_embd=16, n_head=2, n_kv_head=2)
@@ -207,13 +209,20 @@ def test_the_worst_load_is_that_of_the_worst_layer_and_each_is_balanced():
     assert not second.any()
 
 
-def test_the_seed_decides_the_start():
-    def embedding(seed):
-        config, settings, _ = parse_config([*SHORT, "--seed", seed])
-        return train.build_model(config, settings, "cpu", 1)[0].embed.weight
+def test_the_seed_decides_the_start_and_the_batches(data, tmp_path, monkeypatch):
+    def draw(tokens, n, length, seed, *rest):
+        seeds.append(seed)
+        return draw_batch(tokens, n, length, seed, *rest)
 
-    assert torch.equal(embedding("7"), embedding("7"))
-    assert not torch.equal(embedding("7"), embedding("8"))
+    seeds, starts = [], []
+    monkeypatch.setattr(train, "draw_batch", draw)
+    monkeypatch.setattr(train, "lr_at", lambda *_: 0.0)  # the end is the start
+    for out, seed in (("a", "7"), ("b", "7"), ("c", "8")):
+        args = ["--seed", seed, "--steps", "1", "--out", str(tmp_path / out)]
+        main([*SHORT, "--data", str(data), *args])
+        starts.append(weights_of(tmp_path / out)["embed.weight"])
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+    assert set(seeds[:-2]) == {7} and set(seeds[-2:]) == {8}  # each run draws one batch ahead
 
 
 def test_speed_is_tokens_in_a_second_and_the_share_of_all_peaks(tmp_path, monkeypatch):
