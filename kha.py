@@ -62,6 +62,7 @@ class Config:
     knock_k: str = "none"  # as knock_q
     knock_v: str = "mlp"  # as knock_q; on values a knock gains most (Table 2)
     knock_init: str = "identity"  # identity, or random for the paper's ablation
+    tie_embeddings: bool = True  # the output has the weight of the embedding, not one of its own
     rope_base: float = 10000.0  # the slowest pair turns once in about 2 pi times so many tokens
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
 
@@ -244,7 +245,7 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def init_weights(module: nn.Module, config: Config) -> None:
-    """Give every weight its start, in place, for a model or one of its blocks, embedding or norm.
+    """Give every weight its start, in place, for a model or one of its parts.
 
     Knocks at the identity (section 3.3) draw no random numbers. So with the same seed, models with
     and without knocks have the same base weights, and the same outputs at step 0.
@@ -262,7 +263,7 @@ def init_weights(module: nn.Module, config: Config) -> None:
                 p.fill_(1)
             case [*_, "wo", "weight"] | [*_, "w_down" | "experts_down"]:
                 p.normal_(std=out_std)
-            case _:  # embedding, W^Q, W^K, W^V, w_up, experts_up, router
+            case _:  # embedding, head, W^Q, W^K, W^V, w_up, experts_up, router
                 p.normal_(std=0.02)
     for buffer in module.buffers():  # the balancing bias and the load of a mixture of experts
         buffer.zero_()
@@ -271,15 +272,17 @@ def init_weights(module: nn.Module, config: Config) -> None:
 class Transformer(nn.Module):
     """The decoder. Activations have `compute_dtype`; None: the dtype of the weights. `recompute`
     computes each block's activations again in the backward pass instead of keeping them. `loss`, a
-    function of (normed x, embedding, targets), may replace the one in `forward`."""
+    function of (normed x, the output's weight, targets), may replace the one in `forward`."""
 
     def __init__(self, config: Config, compute_dtype=None, recompute=False, loss=None):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         self.recompute, self.loss = recompute, loss
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)  # also the output's weight
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = Linear(config.n_embd, config.vocab_size)
         init_weights(self, config)
 
     def forward(self, tokens: Tensor, targets=None, position=None, cache=None) -> Tensor:
@@ -302,15 +305,14 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, common, use_reentrant=False)
             else:
                 x = block(x, common, cache.layers[i] if cache is not None else None)
+        output = self.embed if config.tie_embeddings else self.head
+        x, weight = self.norm(x), output.weight  # (B, T, C), (V, C)
+        if targets is not None and self.loss is not None:
+            return self.loss(x, weight, targets)
+        logits = F.linear(x, weight.to(x.dtype))  # (B, T, V)
         if targets is None:
-            return self.logits(x)
-        if self.loss is not None:
-            return self.loss(self.norm(x), self.embed.weight, targets)
-        return F.cross_entropy(upcast(self.logits(x)).flatten(0, 1), targets.flatten())
-
-    def logits(self, x: Tensor) -> Tensor:
-        """The model's end, norm and output: (B, T, C) -> (B, T, V)."""
-        return F.linear(self.norm(x), self.embed.weight.to(x.dtype))
+            return logits
+        return F.cross_entropy(upcast(logits).flatten(0, 1), targets.flatten())
 
     def moes(self) -> list[MoE]:
         """The mixtures of experts, first layer first; none in a dense model."""
@@ -494,7 +496,6 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
     is linear in the values. A model that is not ours must say where that is, by the names that the
     two nn.Linear have side by side, such as value="v_proj" and output="o_proj". Raises ValueError
     for an MLP knock on a projection with bias or on only a part of its outputs."""
-
     if isinstance(model, Transformer):
         value, output = ("wv", "wo") if model.config.attention == "gqa" else (None, None)
         c, places = model.config, ("knock_q", "knock_k", "knock_v")
@@ -681,8 +682,7 @@ if triton:
         x, dy, D = x.contiguous(), dy.contiguous(), x.shape[-1]
         # The fastest on an H100: rows, warps, programs on a processor, stages of loading.
         rows, warps, programs, stages = (64, 4, 2, 2) if D < 128 else (16, 8, 1, 3)
-        how = {"num_warps": warps, "num_stages": stages}
-        n = x.numel() // D
+        n, how = x.numel() // D, {"num_warps": warps, "num_stages": stages}
         programs *= torch.cuda.get_device_properties(x.device).multi_processor_count
         n_tile = triton.cdiv(n, rows * programs)
         programs = triton.cdiv(n, rows * n_tile)

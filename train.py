@@ -305,12 +305,12 @@ def build_model(
     torch.manual_seed(train.seed)
     with torch.device("meta"):
         model = Transformer(config, dtype, train.recompute, chunked_loss(compiles))
-    for part in (model.embed, *model.blocks, model.norm):
-        init_weights(part.to_empty(device=device), config)
-        if part not in (model.embed, model.norm):
-            if compiles:  # one compiled block serves all: a minute less than the whole model
-                part.compile()
-            if shard:
+    for child in model.children():
+        for part in child if child is model.blocks else [child]:
+            init_weights(part.to_empty(device=device), config)
+            if child is model.blocks and compiles:
+                part.compile()  # one compiled block serves all: a minute less than the whole model
+            if child is model.blocks and shard:
                 fully_shard(part, mp_policy=policy)
     if shard:
         return model, fully_shard(model, mp_policy=policy)

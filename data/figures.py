@@ -53,7 +53,8 @@ def flops_per_token(model: Transformer, length: int) -> int:
 
     PaLM's count (arXiv 2204.02311, appendix B), as in nanoGPT: 6 for each weight that a token
     meets, and 12 n_layer n_head head_dim length for the attention matrix, causal or not. A token
-    meets a knock's weights once in each head.
+    meets a knock's weights once in each head. An embedding that is not the output's weight is only
+    read, which costs nothing.
     """
     c, again = model.config, 0
     for part in model.modules():
@@ -62,7 +63,8 @@ def flops_per_token(model: Transformer, length: int) -> int:
             again += (n_head - 1) * sum(p.numel() for p in part.knock.parameters())
     qk_dim = c.head_dim + (c.rope_dim if c.attention == "mla" else 0)
     attention = 6 * c.n_layer * c.n_head * (qk_dim + c.head_dim) * length
-    return 6 * (count_params(model)[1] + again) + attention
+    only_read = 0 if c.tie_embeddings else c.vocab_size * c.n_embd
+    return 6 * (count_params(model)[1] - only_read + again) + attention
 
 
 def paper_flops(length: int, d: int, n_head: int) -> tuple[int, int, int]:
@@ -86,7 +88,7 @@ def memory_per_gpu(
 
     float32 weights, gradients and both moments of Adam are spread over n_shard GPUs (FSDP; 1
     without it). The rest is for micro_batch sequences of block_size tokens in bfloat16: the casts
-    of the weights, which the backward pass keeps (FSDP has the embedding and two blocks whole at a
+    of the weights, which the backward pass keeps (FSDP has embedding, output and two blocks whole at a
     time), each layer's activations (with recompute all layers' inputs and one layer's
     activations), and a chunk of logits with its gradient and that of the embedding. If an update
     is one micro-batch (accumulates=False), gradients come only as activations go.
@@ -110,7 +112,7 @@ def memory_per_gpu(
         "weights": 4 * n / n_shard,
         "adam": 8 * n / n_shard,
         "gradients": 4 * n / n_shard,
-        "casts": 2 * (n if n_shard == 1 else c.vocab_size * c.n_embd + 2 * n_block),
+        "casts": 2 * (n if n_shard == 1 else n - (c.n_layer - 2) * n_block),
         "activations": 2 * tokens * (c.n_layer * c.n_embd + layer if recompute else
                                      c.n_layer * layer),
         "logits": 2 * 2 * min(tokens * c.vocab_size, 2**29) + 2 * 4 * c.vocab_size * c.n_embd,

@@ -52,6 +52,8 @@ def hf_names(config: Config) -> dict[str, list[str]]:
     """Our name of each weight of a folded model -> theirs. Several of theirs are the rows of ours,
     one below the other; an expert's weight is transposed first."""
     names = {"embed.weight": ["model.embed_tokens.weight"], "norm.weight": ["model.norm.weight"]}
+    if not config.tie_embeddings:
+        names["head.weight"] = ["lm_head.weight"]
     layer = {
         "attn_norm.weight": ["input_layernorm.weight"],
         "ffn_norm.weight": ["post_attention_layernorm.weight"],
@@ -155,7 +157,7 @@ def export_texts(model: Transformer, tokenizer: tiktoken.Encoding) -> dict[str, 
         "model_type": "qwen3",
         "hidden_act": "silu",
         "attention_bias": False,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": c.tie_embeddings,
         "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch."),
         "rope_theta": c.rope_base,
         "bos_token_id": tokenizer.eot_token,
@@ -228,6 +230,7 @@ def import_hf(folder: str, **changes) -> Transformer:
             if there:
                 raise ValueError(f"cannot import {folder}, which has {what}")
         fields = {our: hf[theirs] for our, theirs in HF_SIZES.items()}
+        fields["tie_embeddings"] = hf.get("tie_word_embeddings", False)
         fields["rope_base"] = float(rope.get("rope_theta") or hf.get("rope_theta", 10000.0))
         config, own = Config(**{**fields, **changes}), Config(**fields)
         for field, value in changes.items():
@@ -241,7 +244,8 @@ def import_hf(folder: str, **changes) -> Transformer:
         theirs = {}
         for file in files:
             theirs |= safetensors.torch.load_file(os.path.join(folder, file))
-        check_head(folder, theirs, hf.get("tie_word_embeddings", False))
+        if config.tie_embeddings:
+            check_head(folder, theirs)
         plain = dataclasses.replace(config, knock_q="none", knock_k="none", knock_v="none")
         weights = {
             our: torch.cat([theirs.pop(name) for name in names]).float()
@@ -274,14 +278,12 @@ def start_from_hf(folder: str, changes: dict) -> tuple[Config, dict]:
     return model.config, {"model": model.state_dict(), "step": 0, "tokenizer": tokenizer}
 
 
-def check_head(folder: str, weights: dict[str, torch.Tensor], tied: bool) -> None:
-    """Take lm_head.weight out of `weights`. Raises ValueError if it is not the embedding."""
+def check_head(folder: str, weights: dict[str, torch.Tensor]) -> None:
+    """Take lm_head.weight out of the weights of a model that says that it is the embedding. Raises
+    ValueError if it is not."""
     embedding = weights["model.embed_tokens.weight"]
-    head = weights.pop("lm_head.weight", embedding if tied else None)
-    if head is None:
-        raise KeyError("lm_head.weight")
-    if not torch.equal(head, embedding):
+    if not torch.equal(weights.pop("lm_head.weight", embedding), embedding):
         raise ValueError(
-            f"cannot import {folder}: its output projection (lm_head.weight) is not its embedding,"
-            " as it is in our models and in Qwen3 up to 4B"
+            f"cannot import {folder}: its lm_head.weight is not its embedding, as its config.json"
+            " says: set tie_word_embeddings there to false"
         )

@@ -674,15 +674,22 @@ def test_changes_that_the_weights_do_not_fit_are_refused(changes, message, tmp_p
     assert import_hf(tmp_path, n_layer=2, norm_eps=1e-5).config.norm_eps == 1e-5
 
 
-def test_an_output_projection_must_be_the_embedding(tmp_path):
-    theirs(tie_word_embeddings=False).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="lm_head.weight.* is not its embedding"):
-        import_hf(tmp_path)
-
+def test_an_output_with_a_weight_of_its_own_comes_in_and_goes_out(byte, tmp_path):
+    """As Qwen3 has it from 8B on."""
     model = theirs(tie_word_embeddings=False)
-    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
-    model.save_pretrained(tmp_path)
-    assert_same(import_hf(tmp_path), model)  # two weights, but they are equal
+    model.save_pretrained(tmp_path / "in")
+    imported = import_hf(tmp_path / "in", knock_v="linear")
+    assert not imported.config.tie_embeddings
+    assert_same(imported, model)
+    export_hf(imported, tmp_path / "out", byte)
+    assert_same(load(tmp_path / "out"), model)
+
+
+def test_a_config_that_is_wrong_about_the_output_is_refused(tmp_path):
+    theirs(tie_word_embeddings=False).save_pretrained(tmp_path)
+    edit_config(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="lm_head.weight is not its embedding, as its config.json"):
+        import_hf(tmp_path)
 
     theirs().save_pretrained(tmp_path)
     edit_config(tmp_path, tie_word_embeddings="removed")  # by default Qwen3 is not tied

@@ -12,7 +12,7 @@ import torch
 import kha
 import sample
 from data import loss as chunked
-from data.figures import knock_movement, knocks_of
+from data.figures import count_params, flops_per_token, knock_movement, knocks_of
 from data.loss import chunked_loss
 from kha import (
     CONFIGS,
@@ -260,6 +260,33 @@ def test_cross_entropy_in_chunks_is_the_whole_one_forward_and_backward(at_once, 
         assert error(p.grad, gradient) < 1e-10, name
     with torch.no_grad():  # as in evaluation
         torch.testing.assert_close(model(tokens, targets) * 3, exact)
+
+
+def test_an_output_with_a_weight_of_its_own(monkeypatch):
+    """Its logits, its loss whole and in chunks, and its start, which is that of the embedding."""
+    monkeypatch.setattr(chunked, "LOGITS_AT_ONCE", 100)
+    torch.manual_seed(0)
+    own = Transformer(Config(**SMALL, tie_embeddings=False), loss=chunked_loss(compiles=False))
+    tied = Transformer(Config(**SMALL))
+    assert own.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    scramble(own)
+    tied.load_state_dict(own.state_dict(), strict=False)
+    tokens = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        own.head.weight.copy_(own.embed.weight)
+    torch.testing.assert_close(own(tokens), tied(tokens))
+    with torch.no_grad():
+        own.head.weight.mul_(2)
+    logits = tied(tokens) * 2
+    torch.testing.assert_close(own(tokens), logits)
+    exact = -logits.log_softmax(-1).gather(-1, tokens[..., None]).mean()
+    loss = own(tokens, tokens)
+    torch.testing.assert_close(loss, exact)
+    loss.backward()
+    assert own.head.weight.grad.any() and own.embed.weight.grad.any()
+    numbers = count_params(own)[0] - count_params(tied)[0]
+    assert numbers == own.head.weight.numel()
+    assert flops_per_token(own, 9) == flops_per_token(tied, 9)
 
 
 def test_rope_turns_with_the_distance_only():
