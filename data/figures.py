@@ -88,10 +88,10 @@ def memory_per_gpu(
 
     float32 weights, gradients and both moments of Adam are spread over n_shard GPUs (FSDP; 1
     without it). The rest is for micro_batch sequences of block_size tokens in bfloat16: the casts
-    of the weights, which the backward pass keeps (FSDP has embedding, output and two blocks whole at a
-    time), each layer's activations (with recompute all layers' inputs and one layer's
-    activations), and a chunk of logits with its gradient and that of the embedding. If an update
-    is one micro-batch (accumulates=False), gradients come only as activations go.
+    of the weights, which the backward pass keeps (FSDP has embedding, output and two blocks whole
+    at a time), each layer's activations (with recompute all layers' inputs and one layer's
+    activations), and a chunk of logits with its gradient and that of the output's weight. If an
+    update is one micro-batch (accumulates=False), gradients come only as activations go.
     """
     c = config
     with torch.device("meta"):
