@@ -24,6 +24,11 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One test at a time where they need a GPU, else one on each core."""
+    return 1 if "gpu" in config.option.markexpr else None
+
+
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path_factory, monkeypatch):
     """Each test runs in an empty folder: it must not see the out/ and data/ of the checkout."""
