@@ -1,4 +1,4 @@
-"""Knocking-Heads Attention (Zhou et al. 2025, arXiv 2510.23052) in one file.
+"""Knocking-Heads Attention (Zhou et al. 2025, arXiv 2510.23052): the method and the model.
 
 Attention heads work alone until their outputs are concatenated. KHA lets them "knock" on each
 other earlier. In each layer, all heads of W^Q, W^K or W^V share one small map from head_dim numbers
@@ -6,22 +6,21 @@ to head_dim numbers, and every head goes through it right after the projection. 
 the identity, so step 0 is exactly the model without it. Attention itself does not change, so every
 fast kernel still applies. Equations, tables and sections are those of the paper.
 
-Read to the end of `Transformer`: the method (`Knock`, `Heads`) in a decoder like Qwen3. The rest is
-to look up: other attentions, knocks on other people's models, folding, configs, a faster kernel.
+Read to the end of `Transformer`: this is the method (`Knock`, `Heads`) in a decoder like Qwen3.
+Look the rest up: other attentions, knocks for other models, folding, configs, a faster kernel.
 
 Letters in the comments on shapes:
     B     sequences in a batch            S  tokens that are attended to (S = T without a cache)
-    T     tokens that are fed in          G  latents of MLA
+    T     tokens that are fed in          G  latents of MLA, of R features each
     C     features of a token, n_embd     V  token ids, vocab_size
     H     query heads                     N  tokens of all sequences, B * T
     H_kv  key and value heads             E  experts, K of them for a token (top_k)
     D     features of a head, head_dim    F  width of an expert, d_ff
 """
 
-import dataclasses
 import fnmatch
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -53,7 +52,7 @@ class Config:
     n_kv_head: int = 12  # key and value heads: n_head of them is MHA, 1 is MQA, between is GQA
     head_dim: int = 64  # features of a head
     attention: str = "gqa"  # gqa, gta or mla
-    kv_rank: int = 0  # MLA: width of its n_kv_head cached latents together (one, or more for GLA)
+    kv_rank: int = 0  # MLA: width of all n_kv_head latents together (1 latent is MLA, more are GLA)
     q_rank: int = 0  # MLA: width of the query's latent; 0: it has none
     d_ff: int = 2048  # width of the SwiGLU, or of each expert
     n_expert: int = 0  # 0 is a dense model
@@ -63,7 +62,7 @@ class Config:
     knock_v: str = "mlp"  # as knock_q; on values a knock gains most (Table 2)
     knock_init: str = "identity"  # identity, or random for the paper's ablation
     tie_embeddings: bool = True  # the output has the weight of the embedding, not one of its own
-    rope_base: float = 10000.0  # the slowest pair turns once in about 2 pi times so many tokens
+    rope_base: float = 10000.0  # pair j turns by rope_base^(-2j / rope_dim) from token to token
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
 
     def __post_init__(self):
@@ -71,7 +70,7 @@ class Config:
 
     @property
     def rope_dim(self) -> int:
-        """RoPE turns so many features of a head: all of them; in GTA and MLA head_dim / 2."""
+        """How many features RoPE turns in each head: head_dim; in GTA and MLA head_dim / 2."""
         return self.head_dim if self.attention == "gqa" else self.head_dim // 2
 
 
@@ -105,7 +104,7 @@ class Knock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Every head of x (..., H, D) on its own: the same shape."""
         if self.kind == "linear":
-            return x @ self.t.to(x.dtype)
+            return x @ self.t.to(x.dtype)  # in training Heads has T in its weight instead
         if self.kind == "mlp":
             up, gate, down = self.up.to(x.dtype), self.gate.to(x.dtype), self.down.to(x.dtype)
             if can_fuse(x):
@@ -136,7 +135,7 @@ class Heads(nn.Module):
         heads = F.linear(x, self.absorbed_weight(x.dtype))  # (B, T, H * D)
         heads = heads.unflatten(-1, (-1, self.knock.head_dim))  # (B, T, H, D)
         if self.knock.kind == "linear":
-            return heads  # x (W_i T) is (x W_i) T, and the weight is smaller than the heads
+            return heads  # T is in the weight already: x (W_i T) = (x W_i) T, at less cost
         return self.knock(heads)
 
 
@@ -168,7 +167,7 @@ class Common(NamedTuple):
 
     position: Tensor  # (T,) integers
     rope: tuple[Tensor, Tensor]  # cosine and sine of the angles, (T, 1, rope_dim / 2)
-    mask: Tensor | None  # (T, S), true for what a token sees; None: itself and all before it
+    mask: Tensor | None  # (T, S), true where token t sees token s; None: causal
 
 
 def rope_tables(position: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -252,19 +251,18 @@ def init_weights(module: nn.Module, config: Config) -> None:
     """
     out_std = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: activations do not grow with depth
     for name, p in module.named_parameters():
-        match name.split("."):
-            case [*_, "knock", _] if config.knock_init == "random":
-                p.normal_(std=len(p) ** -0.5)  # keeps the variance
-            case [*_, "knock", "gate"]:
-                p.zero_()
-            case [*_, "knock", _]:
-                nn.init.eye_(p)
-            case _ if p.dim() == 1:  # the norms
-                p.fill_(1)
-            case [*_, "wo", "weight"] | [*_, "w_down" | "experts_down"]:
-                p.normal_(std=out_std)
-            case _:  # embedding, head, W^Q, W^K, W^V, w_up, experts_up, router
-                p.normal_(std=0.02)
+        if "knock." in name and config.knock_init == "random":
+            p.normal_(std=len(p) ** -0.5)  # keeps the variance
+        elif name.endswith("knock.gate"):
+            p.zero_()
+        elif "knock." in name:
+            nn.init.eye_(p)
+        elif p.dim() == 1:  # the norms
+            p.fill_(1)
+        elif name.endswith(("wo.weight", "w_down", "experts_down")):
+            p.normal_(std=out_std)
+        else:  # embedding, head, W^Q, W^K, W^V, w_up, experts_up, router
+            p.normal_(std=0.02)
     for buffer in module.buffers():  # the balancing bias and the load of a mixture of experts
         buffer.zero_()
 
@@ -281,21 +279,20 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
-        if not config.tie_embeddings:
-            self.head = Linear(config.n_embd, config.vocab_size)
+        self.head = None if config.tie_embeddings else Linear(config.n_embd, config.vocab_size)
         init_weights(self, config)
 
     def forward(self, tokens: Tensor, targets=None, position=None, cache=None) -> Tensor:
         """Logits (B, T, V) of the token after each of tokens (B, T); or with targets (B, T) the
         mean cross-entropy in nats, a scalar. A cache (sample.Cache) stores what later tokens need.
-        Tokens that continue the text in it come with their `position` (T,); without it, they start
-        a text. Raises ValueError for more than block_size tokens."""
+        Tokens that continue a cached text need their `position` (T,); without it they begin a text.
+        Raises ValueError for more than block_size tokens."""
         T, config, mask = tokens.shape[1], self.config, None
         if T > config.block_size:
             raise ValueError(f"{T} tokens are more than the model's context of {config.block_size}")
         if position is None:
             position = torch.arange(T, device=tokens.device)
-        else:  # a place of the cache that is not filled yet has a higher number: it is hidden
+        else:  # a token sees the cache up to its own position, so never its unfilled places
             mask = torch.arange(cache.length, device=tokens.device) <= position[:, None]  # (T, S)
         rope = rope_tables(position, config.rope_dim, config.rope_base)
         common = Common(position, rope, mask)
@@ -305,14 +302,16 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, common, use_reentrant=False)
             else:
                 x = block(x, common, cache.layers[i] if cache is not None else None)
-        output = self.embed if config.tie_embeddings else self.head
-        x, weight = self.norm(x), output.weight  # (B, T, C), (V, C)
-        if targets is not None and self.loss is not None:
-            return self.loss(x, weight, targets)
-        logits = F.linear(x, weight.to(x.dtype))  # (B, T, V)
         if targets is None:
-            return logits
-        return F.cross_entropy(upcast(logits).flatten(0, 1), targets.flatten())
+            return self.logits(x)
+        if self.loss is not None:
+            return self.loss(self.norm(x), (self.head or self.embed).weight, targets)
+        return F.cross_entropy(upcast(self.logits(x)).flatten(0, 1), targets.flatten())
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The model's end, norm and output: (B, T, C) -> (B, T, V)."""
+        weight = (self.head or self.embed).weight  # (V, C)
+        return F.linear(self.norm(x), weight.to(x.dtype))
 
     def moes(self) -> list[MoE]:
         """The mixtures of experts, first layer first; none in a dense model."""
@@ -336,8 +335,8 @@ def attend_with_mask(q, k, v, mask: Tensor, scale: float | None) -> Tensor:
 class GTA(nn.Module):
     """Grouped-tied attention (Zadouri et al. 2025, arXiv 2505.21487): (B, T, C) -> (B, T, C).
 
-    Each key/value head has one tied state. It is the value, and its first half is the half of the
-    key that RoPE does not turn; the other half all heads share. knock_v knocks the tied state.
+    Each key/value head has one tied state, which is the value. Its first half is also the half of
+    the key without RoPE. All heads share the other half of the key. knock_v knocks the tied state.
     """
 
     def __init__(self, config: Config):
@@ -436,8 +435,8 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
 
     These are the nn.Linear with names that match the fnmatch `pattern`, such as "*.v_proj". Each
     gets one knock, which its heads of head_dim outputs share; with `rows` only these outputs, such
-    as slice(2 * n_embd, 3 * n_embd) for nanoGPT's values. The model's output does not change until
-    they have trained. Returns them by the names of the projections. Raises ValueError if it cannot.
+    as slice(2 * n_embd, 3 * n_embd) for nanoGPT's values. They start as the identity. Returns the
+    knocks by the names of the projections. Raises ValueError if a module cannot be knocked.
 
     To load such a model: make the base model, call add_knocks as before, then load_state_dict.
     LoRA on a knocked projection adds to what the knock returns: fold first, then merge.
@@ -490,25 +489,37 @@ class FoldedGate(nn.Module):
 
 @torch.no_grad()
 def fold(model: nn.Module, value: str | None = None, output: str | None = None) -> nn.Module:
-    """Turn a trained model, in place, into one for sampling that computes the same without knocks;
-    returns it. T vanishes into W^Q, W^K, W^V (eq. 8), and so do W^up and W^gate; a `FoldedGate`
-    remains. W^down vanishes into W^O where the heads are values and nothing else, because attention
-    is linear in the values. A model that is not ours must say where that is, by the names that the
-    two nn.Linear have side by side, such as value="v_proj" and output="o_proj". Raises ValueError
-    for an MLP knock on a projection with bias or on only a part of its outputs."""
+    """Fold the knocks of a trained model into its weights, in place; returns it. Its outputs stay
+    the same. T goes into W^Q, W^K, W^V (eq. 8), and so do W^up and W^gate; a `FoldedGate` remains.
+    If the heads are only values, W^down goes into W^O, as attention is linear in them. For a model
+    that is not ours, `value` and `output` name the two nn.Linear, such as "v_proj" and "o_proj".
+
+    Raises ValueError, with nothing changed, for an MLP knock on a projection with bias or on a part
+    of its outputs, and if no plain nn.Linear `output` is beside `value`."""
     if isinstance(model, Transformer):
         value, output = ("wv", "wo") if model.config.attention == "gqa" else (None, None)
         c, places = model.config, ("knock_q", "knock_k", "knock_v")
         gone = {place: "none" for place in places if getattr(c, place) == "linear"}
-        model.config = dataclasses.replace(c, **gone)
-    for name, part in list(model.named_modules()):
-        place, _, child = name.rpartition(".")
+        model.config = replace(c, **gone)
+    todo = []
+    for name, part in model.named_modules():
         if isinstance(part, Heads):
             knocks, rows, bias = [part.knock], [(0, len(part.weight))], None
         elif isinstance(part, KnockedLinear):
             knocks, rows, bias = part.knocks, part.rows, part.bias
         else:
             continue
+        kinds, wo, (place, _, child) = {knock.kind for knock in knocks}, None, name.rpartition(".")
+        if kinds & {"mlp", "gate"} and (bias is not None or rows != [(0, len(part.weight))]):
+            raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias, or outputs that"
+                             " do not knock")
+        if kinds & {"mlp", "gate"} and child == value:
+            wo = getattr(model.get_submodule(place), output or "", None)
+            if type(wo) not in (nn.Linear, Linear):
+                raise ValueError(f"{name} has no neighbour {output}, a plain nn.Linear")
+        if kinds != {"folded"}:
+            todo.append((name, part, knocks, rows, bias, wo))
+    for name, part, knocks, rows, bias, wo in todo:
         gate = None
         for knock, (start, stop) in zip(knocks, rows, strict=True):
             if knock.kind == "linear":
@@ -516,13 +527,7 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
                 if bias is not None:  # (x W + b) T = x W T + b T
                     bias[start:stop] = absorb(bias[start:stop, None], knock.t)[:, 0]
             elif knock.kind != "none":
-                if bias is not None or stop - start < len(part.weight):
-                    raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias, or"
-                                     " outputs that do not knock")
-                wo = getattr(model.get_submodule(place), output or "", None)
-                if child == value and type(wo) not in (nn.Linear, Linear):
-                    raise ValueError(f"{name} has no neighbour {output}, a plain nn.Linear")
-                part.weight, gate = fold_gate(part.weight, knock, wo if child == value else None)
+                part.weight, gate = fold_gate(part.weight, knock, wo)
         if isinstance(part, Heads):
             part.knock = gate or Knock("none", part.knock.head_dim)
         elif gate:
@@ -551,7 +556,7 @@ def check_config(c: Config) -> None:
     """Raises ValueError, in one line, for a shape that cannot be built."""
     choices = {"attention": tuple(ATTENTIONS), "knock_init": ("identity", "random")}
     choices |= {f"knock_{part}": tuple(KNOCKS) for part in "qkv"}
-    for field in dataclasses.fields(c):
+    for field in fields(c):
         value = getattr(c, field.name)
         allowed = choices.get(field.name, (value,))
         if value not in allowed:
@@ -561,18 +566,13 @@ def check_config(c: Config) -> None:
             raise ValueError(f"{field.name} must be positive, not {value}")
     mla, knocks = c.attention == "mla", {c.knock_q, c.knock_k, c.knock_v}
     for wrong, message in [
-        (c.n_head % c.n_kv_head,
-         f"n_head must be a multiple of n_kv_head, but {c.n_head} is not one of {c.n_kv_head}"),
-        (c.head_dim % 2 or c.rope_dim % 2,
-         f"head_dim must be even (gta, mla: a multiple of 4), as RoPE turns pairs: {c.head_dim}"),
-        (c.attention == "gta" and c.knock_k != "none",
-         "gta has one state for key and value, which knock_v knocks: leave knock_k none"),
-        (mla and knocks - {"none", "linear"},
-         "mla takes linear knocks only: set knock_q, knock_k, knock_v to linear or none"),
+        (c.n_head % c.n_kv_head, "n_head must be a multiple of n_kv_head"),
+        (c.head_dim % 2 or c.rope_dim % 2, "head_dim must be even; in gta and mla a multiple of 4"),
+        (c.attention == "gta" and c.knock_k != "none", "gta knocks by knock_v: leave knock_k none"),
+        (mla and knocks - {"none", "linear"}, "mla takes linear knocks only: set knock_v linear"),
         (mla and (c.kv_rank == 0 or c.kv_rank % c.n_kv_head),
          f"mla needs a kv_rank that is a multiple of n_kv_head, not {c.kv_rank}"),
-        (not mla and (c.kv_rank or c.q_rank),
-         f"kv_rank and q_rank belong to mla, not to {c.attention}: leave them 0"),
+        (not mla and (c.kv_rank or c.q_rank), "kv_rank and q_rank belong to mla: leave them 0"),
         ((c.n_expert == 0) != (c.top_k == 0) or c.top_k > c.n_expert,
          f"top_k must be in 1..n_expert (0 for a dense model), not {c.top_k} of {c.n_expert}"),
         (c.n_expert and (c.n_embd % 8 or c.d_ff % 8),  # grouped_mm reads rows of whole 16 bytes
@@ -589,7 +589,7 @@ CONFIGS = {  # toy is for two CPU cores, small for studies on one GPU, both for 
     "small": dict(vocab_size=320, n_layer=10, n_embd=512, n_head=12, n_kv_head=4, head_dim=64,
                   d_ff=224, n_expert=32, top_k=4),
     "gpt2": dict(),  # as large as GPT-2 124M, to compare with nanoGPT
-    # Table 5; and of section 4 the main model: the paper prints its sizes, and this shape has them.
+    # Table 5, then the main model of section 4: the paper prints only the sizes of its shape.
     "moe-0.4b-2.3b": dict(_paper, n_layer=12, n_embd=1152, d_ff=768, n_expert=64, top_k=4),
     "moe-0.8b-6.6b": dict(_paper, n_layer=18, n_embd=1536, d_ff=1152, n_expert=64, top_k=4),
     "moe-1.6b-14.6b": dict(_paper, n_layer=23, n_embd=2048, d_ff=1536, n_expert=64, top_k=4),
@@ -608,12 +608,12 @@ CONFIGS = {  # toy is for two CPU cores, small for studies on one GPU, both for 
 
 @torch.compiler.assume_constant_result
 def is_hopper() -> bool:
-    """Whether the GPU is an H100 or newer: the tiles below need that much memory on the chip."""
-    return torch.cuda.get_device_capability() >= (9, 0)
+    """Whether the GPU is Hopper or Blackwell for servers: the tiles below need their memory."""
+    return torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether `fused_mlp` takes heads x (..., D): bfloat16 on an H100, D a power of 2."""
+    """Whether `fused_mlp` takes heads x (..., D): bfloat16, H100 or newer, D of 16 to 128."""
     fits = x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] in (16, 32, 64, 128)
     return fits and triton is not None and is_hopper()
 

@@ -90,6 +90,16 @@ def test_lora_on_a_knocked_projection_merges_after_folding():
     torch.testing.assert_close(merged(TOKENS).logits, knocked, rtol=1e-3, atol=1e-3)
 
 
+def test_a_fold_that_fails_changes_nothing():
+    model, x = Values(), torch.randn(2, 5, 24)
+    scramble(add_knocks(model, "linear", "v_proj", 8, slice(0, 8))["v_proj"])
+    scramble(add_knocks(model, "mlp", "v_proj", 8, slice(8, 16))["v_proj"])
+    before = model(x)
+    with pytest.raises(ValueError, match="cannot fold the MLP knock of v_proj"):
+        fold(model, value="v_proj", output="o_proj")
+    assert torch.equal(model(x), before)
+
+
 # --- what cannot take a knock ---
 
 

@@ -421,6 +421,14 @@ def test_folding_holds_at_the_start_and_after_training_steps(shape):
     assert error(folded(tokens), exact) < 0.05
 
 
+def test_a_folded_model_folds_again_to_itself():
+    for knock in ("linear", "mlp", "gate"):
+        folded = fold(scramble(Transformer(Config(**SMALL | dict(knock_v=knock)))))
+        tokens = torch.randint(50, (2, 9))
+        before = folded(tokens)
+        assert torch.equal(fold(folded)(tokens), before)
+
+
 def test_what_a_fold_leaves():
     """Linear knocks leave a plain model. An MLP on the value leaves a projection twice as wide."""
     linear = fold(

@@ -101,6 +101,20 @@ def test_compiled_steps_are_eager_ones(shape, n_samples):
     assert len(new_tokens(model, [5, 6, 7], n_samples, max_new_tokens=4)) == n_samples
 
 
+def test_the_end_of_the_model_is_compiled_with_its_blocks(model, monkeypatch):
+    calls, options = [], dict(max_new_tokens=3, temperature=0)
+    eager = new_tokens(model, [5, 6, 7], **options)
+
+    def compiled(function, **_):
+        return lambda x: calls.append(x.shape) or function(x)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    compile_steps(model, 1)
+    assert new_tokens(model, [5, 6, 7], **options) == eager
+    assert (1, 1, 32) in calls
+
+
 @pytest.mark.parametrize("n_prompt", [1, 20, 63, 64, 100])
 def test_text_longer_than_the_context_slides(model, n_prompt):
     """The model sees the end of a long prompt; a full context goes on from its last half."""
