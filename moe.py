@@ -21,7 +21,7 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up for x = [gate, up] side by side: (..., 2f) -> (..., f)."""
+    """silu(gate) * up for x = [gate, up] side by side: (..., 2F) -> (..., F)."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -71,9 +71,8 @@ class MoE(nn.Module):
     """Mixture of n_expert SwiGLU experts of width d_ff, top_k of them per token: (..., C) -> same.
 
     Buffers: `bias` (E,) is added to the scores when experts are chosen, and nowhere else. `load`
-    (E,) counts the tokens of each expert in training mode since the last `balance`. Where
-    activations are computed again in the backward pass it counts them twice, which changes nothing:
-    `balance` looks at shares only.
+    (E,) counts the tokens of each expert in training mode since the last `balance`. With recompute
+    it counts each token twice. That changes nothing, because `balance` looks at shares only.
     """
 
     def __init__(self, n_embd: int, d_ff: int, n_expert: int, top_k: int):
@@ -132,13 +131,13 @@ class MoE(nn.Module):
     def balance(self, rate: float | torch.Tensor, rule: str) -> None:
         """Move the bias against the load since the last call, and start to count again.
 
-        F is the share of the load that each expert had, and Q = 1/n_expert. Rule "rms" (Su 2025) is
-        b <- b - rate * (F - Q) / RMS(F - Q), rule "sign" (Wang et al. 2024) is
-        b <- b - rate * sign(F - Q). Raises ValueError for another rule.
+        f is the share of the load that each expert had, and q = 1/n_expert. Rule "rms" (Su 2025) is
+        b <- b - rate * (f - q) / RMS(f - q), rule "sign" (Wang et al. 2024) is
+        b <- b - rate * sign(f - q). Raises ValueError for another rule.
         """
         if rule not in BALANCE_RULES:
             raise ValueError(f"balance must be one of {', '.join(BALANCE_RULES)}, not {rule!r}")
-        error = self.load - self.load.mean()  # in proportion to F - Q: both rules cancel the scale
+        error = self.load - self.load.mean()  # in proportion to f - q: both rules cancel the scale
         if rule == "sign":
             step = error.sign()
         else:  # an even load has RMS 0 and moves nothing

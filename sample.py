@@ -121,8 +121,8 @@ def sample_logits(
 def can_capture(model: Transformer) -> bool:
     """Whether a CUDA graph can hold what the model does.
 
-    It cannot where FSDP gathers weights on streams of its own, nor where F.grouped_mm asks the CPU
-    how many rows each expert has. That it does except for bfloat16 on Hopper and Blackwell.
+    It cannot if FSDP gathers weights on streams of its own, nor if F.grouped_mm asks the CPU how
+    many rows each expert has. In bfloat16 on Hopper and Blackwell grouped_mm does not ask.
     """
     weight = model.embed.weight
     if not weight.is_cuda or hasattr(weight, "full_tensor"):
@@ -396,6 +396,8 @@ def main(argv: list[str]) -> None:
 
     device, folder = pick_device(options.pop("device")), options.pop("export_hf")
     compiled, data = options.pop("compile"), options.pop("evaluate")
+    if folder is not None and data is not None:
+        raise ValueError("--evaluate and --export_hf are two tasks: give one of them")
     if compiled and not device.startswith("cuda"):
         raise ValueError(f"--compile is for CUDA: leave it out on {device}")
     model, checkpoint = load_checkpoint(options.pop("checkpoint"), device)

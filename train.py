@@ -87,7 +87,7 @@ class TrainConfig:
     balance_rate: float = 1e-3  # its step
     eval_every: int = 250  # steps between evaluations
     eval_tokens: int = 262144  # of the held-out data
-    save_every: int = 250  # steps between checkpoints, of which two and the best stay; 0 for none
+    save_every: int = 250  # steps between checkpoints (two and the best stay); 0: only at a signal
     sample_tokens: int = 200  # length of the sample at the end; 0 for none
     prompt: str = "def "  # of the sample
     parallel: str = "ddp"  # under torchrun: ddp, a model in each process, or fsdp, parts of one
@@ -153,15 +153,15 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
                 f"the run in {settings['out']} is not of this version of train.py ({error}):"
                 " sample from it only"
             ) from error
+        config = Config(**checkpoint["config"])
         for field, value in shape.items():
-            if checkpoint["config"][field] != value:
+            if (own := getattr(config, field)) != value:
                 raise ValueError(
-                    f"--{field} {value} differs from the checkpoint's"
-                    f" {checkpoint['config'][field]}: leave it out"
+                    f"--{field} {value} differs from the checkpoint's {own}: leave it out"
                 )
         train = dataclasses.replace(before, **given)
         warn_of_a_jump(before, train, checkpoint["step"])
-        return Config(**checkpoint["config"]), train, checkpoint
+        return config, train, checkpoint
     if settings.get("init"):
         if os.path.exists(os.path.join(settings["init"], "config.json")):
             config, checkpoint = start_from_hf(settings["init"], shape)
@@ -192,8 +192,8 @@ def update(
 ) -> Tensor:
     """One optimizer step on micro-batches (n_micro, B, T + 1) of token ids.
 
-    Returns a tensor (4,) on the device, for which nobody has waited: loss, grad_norm, worst_load,
-    and 1 if loss and gradient are finite. If not, it is 0, and the weights stay as they were.
+    Returns a tensor (4,): loss, grad_norm, worst_load, and 1 if loss and gradient are finite. If it
+    is 0, the weights stay as they were. It is on the device, and the CPU has not waited for it.
     """
     loss = torch.zeros((), device=micros.device)
     for i, rows in enumerate(micros):
@@ -228,8 +228,8 @@ def balance(model: Transformer, rate: Tensor, rule: str) -> Tensor:
 
 
 def graphed(step: Callable[[Tensor], Tensor], micros: Tensor) -> Callable[[Tensor], Tensor]:
-    """An update as a CUDA graph, for micro-batches of this shape: small models have too many small
-    kernels for a CPU to launch one by one. It must have run before."""
+    """Capture `step`, an update that has run before, as a CUDA graph for micro-batches of this
+    shape. A CPU is too slow to launch the many small kernels of a small model one by one."""
     place = micros.clone()
     replay = capture(lambda: step(place))
 
@@ -241,8 +241,8 @@ def graphed(step: Callable[[Tensor], Tensor], micros: Tensor) -> Callable[[Tenso
 
 
 def to_cpu(numbers: Tensor, came: bool) -> Callable[[], list[float]]:
-    """Copy numbers to the CPU, and one more: above 0 if a signal came to any process. The call that
-    this returns waits for them, but not for later work."""
+    """Copy an update's numbers to the CPU without waiting, with one more at the end: above 0 if a
+    signal came to any process. Returns a function that waits for the copy and gives the list."""
     came = sum_over_processes(torch.full((1,), float(came), device=numbers.device))
     numbers = torch.cat((numbers, came))
     copy = numbers.to("cpu", non_blocking=True)
@@ -288,6 +288,7 @@ def make_optimizer(model: Transformer, train: TrainConfig) -> torch.optim.Optimi
 # --------------------------------------------------------------------------------------------------
 # The model and its loss, made for training
 
+
 def build_model(
     config: Config, train: TrainConfig, device: str, n_process: int
 ) -> tuple[Transformer, nn.Module]:
@@ -298,9 +299,9 @@ def build_model(
     compiles, shard = train.compile and on_gpu, n_process > 1 and train.parallel == "fsdp"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    # For the routers: TF32 holds their bfloat16 inputs exactly, and weights to 11 bits.
+    # The routers compute in float32. TF32 is faster, and rounds only their weights, to 11 bits.
     torch.set_float32_matmul_precision("high")
-    # DDP's successor of this option is not in older versions of torch.
+    # broadcast_buffers is the old name: older versions of torch do not have the new one.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")
     torch.manual_seed(train.seed)
     with torch.device("meta"):
@@ -362,6 +363,8 @@ def check_run(
                 f"{data} ({split}) has {n} tokens, fewer than one sequence of {T} + 1: prepare"
                 f" more text, or train with --block_size {n - 1} or less"
             )
+    if train.eval_tokens < T:
+        raise ValueError(f"eval_tokens must be at least block_size, {T}, not {train.eval_tokens}")
     if start > train.steps:
         raise ValueError(f"the run in {train.out} has done {start} steps: give more than --steps"
                          f" {train.steps}")
@@ -427,8 +430,8 @@ def main(argv: list[str]) -> None:
                 val_loss = sum_over_processes(part).item()
                 val_bpb = bits_per_byte(val_loss, meta["val"])
                 log.evaluation(done, val_loss, val_bpb, knock_movement(model))
-            # Not while updates are left out: if the weights are at fault, older ones must stay.
-            if saves and (finite or last) or stopping:
+            # Not after a skipped update: if the weights are at fault, older checkpoints must stay.
+            if stopping or (saves and (finite or last)):
                 state = {**settings, "format": files.FORMAT, "step": done, "val_loss": val_loss}
                 state |= {"tokenizer": tokenizer_for_checkpoint(tokenizer)}
                 state |= files.collect(model, optimizer)

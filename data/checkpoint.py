@@ -116,9 +116,9 @@ class Saver:
 
 
 def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
-    """Write a checkpoint to folder/step-N.pt, N its "step", and remove all but the last two up to
-    it. (Later ones can only be damaged: a run that finds them whole goes on from them.) `best`
-    makes it best.pt as well.
+    """Write a checkpoint to folder/step-N.pt, where N is its "step". Keep it and the one before,
+    and remove all others. (Those after N are damaged, or the run would have gone on from them.)
+    `best` makes it best.pt as well.
 
     A file appears whole or not at all: it is written under another name, brought to the disk and
     then renamed. Raises OSError if it cannot be written; the earlier ones then stand.

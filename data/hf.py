@@ -1,10 +1,10 @@
-"""Models out to and in from Hugging Face transformers, as folders of config.json and safetensors.
+"""Export to and import from Hugging Face transformers: folders of config.json and safetensors.
 
-Out: python sample.py --checkpoint out/small --export_hf FOLDER. A model with linear knocks, or with
-none, becomes a stock model, Qwen3ForCausalLM or with experts Glm4MoeForCausalLM. Other knocks leave
+Export: python sample.py --checkpoint out/small --export_hf FOLDER. A model with linear knocks or
+none becomes a stock model, Qwen3ForCausalLM or with experts Glm4MoeForCausalLM. Other knocks leave
 a gate, which stock models do not have: modeling_kha.py goes along, and the folder is loaded with
-trust_remote_code=True. The tokenizer goes along, too. In: python train.py --init FOLDER trains a
-dense Qwen3 model on, with knocks that start at the identity.
+trust_remote_code=True. The tokenizer goes along, too. Import: python train.py --init FOLDER
+trains a dense Qwen3 model on, with knocks that start at the identity.
 
 This needs the optional package safetensors, and never transformers itself.
 """
@@ -91,7 +91,7 @@ def import_safetensors() -> types.ModuleType:
 
 
 # --------------------------------------------------------------------------------------------------
-# Out
+# Export
 
 
 def export_hf(model: Transformer, folder: str, tokenizer: tiktoken.Encoding) -> None:
@@ -202,7 +202,7 @@ def export_texts(model: Transformer, tokenizer: tiktoken.Encoding) -> dict[str, 
 
 
 # --------------------------------------------------------------------------------------------------
-# In
+# Import
 
 
 def import_hf(folder: str, **changes) -> Transformer:

@@ -1,4 +1,4 @@
-"""The cross-entropy of kha.py in chunks: the same numbers with less memory, for training."""
+"""The cross-entropy of `Transformer.forward` in chunks: the same numbers, with less memory."""
 
 from collections.abc import Callable
 
@@ -12,8 +12,8 @@ LOGITS_AT_ONCE = 2**29  # 1 GiB in bfloat16
 
 
 def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, dw):
-    """The summed cross-entropy of some tokens, x (N, C), W (V, C), targets (N,); its gradient by
-    x; and dw, float32, plus its gradient by W. Without dw the loss only."""
+    """The summed cross-entropy of tokens x (N, C) with W (V, C) and targets (N,); its gradient with
+    respect to x; and dw, float32, plus that with respect to W. Without dw (None) only the loss."""
     logits = upcast(F.linear(x, weight))  # (N, V)
     total = logits.logsumexp(-1, keepdim=True)
     loss = (total - logits.gather(-1, targets[:, None])).sum()
@@ -25,8 +25,8 @@ def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, dw):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """`cross_entropy` some tokens at a time: logits (N, V) never exist whole. They are not made
-    twice either, because each chunk's gradients are taken together with its loss."""
+    """The mean cross-entropy, some tokens at a time: logits (N, V) never exist whole. They are not
+    made twice either, because each chunk's gradients are taken together with its loss."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, chunk, with_gradients):
@@ -49,7 +49,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_loss(compiles: bool) -> Callable[..., Tensor]:
-    """A function like kha.cross_entropy that does it in chunks."""
+    """A `loss` for kha.Transformer that computes the mean cross-entropy in chunks, a scalar."""
     chunk = torch.compile(chunk_loss) if compiles else chunk_loss
 
     def loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What is held out for validation: whole documents, or the ends of long ones.
 
-Where documents are many, a hash of its text decides on which side each is. So it stays on its side
-when others are added.
+If there are many documents, the hash of a text decides on which side it is. So it stays there when
+others are added.
 """
 
 import hashlib

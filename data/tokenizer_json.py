@@ -1,8 +1,8 @@
 """tokenizer.json, the file that transformers has for a tokenizer, out of and into tiktoken.
 
-Both hold a byte-level BPE: a pattern cuts text into pieces. In each piece neighbours become one
-token, again and again, those first that come first in a list. tiktoken has a list of tokens, in the
-order of their ids. tokenizer.json has a list of pairs, and spells bytes as letters, as GPT-2 did.
+Both hold a byte-level BPE. A pattern cuts text into pieces. In each piece, neighbouring tokens are
+merged again and again, and the pair that comes first in a list is merged first. tiktoken lists the
+tokens by id. tokenizer.json lists the pairs, and writes each byte as a letter, as GPT-2 did.
 """
 
 import json
@@ -44,8 +44,8 @@ def unspell(token: str) -> bytes:
 
 
 def find_merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pair of which tiktoken makes each token, in the order of ranks. A token that it makes of
-    no pair is left out: only a whole piece of text becomes that."""
+    """The last pair that tiktoken merges to make each token, in the order of ranks. Tokens that no
+    merge makes are left out: tiktoken uses these only where they are a whole piece of text."""
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:

@@ -3,8 +3,8 @@
 Each group is a table, and each of its rows is measured in processes of its own. All groups but
 "cpu" are for one GPU. tests/BENCHMARKS.md keeps what they said.
 
-Training rows are runs of train.py, as a user starts them, or of a peer by tests/peers.py, where it
-is said what is equal. Their numbers come from log.jsonl: the median of the updates in the second
+Training rows are runs of train.py as a user starts them, or of a peer (tests/peers.py says how they
+compare). The numbers come from log.jsonl: the median of the updates in the second
 half of the run, in brackets their quartiles; MFU; the peak of memory. "First update" is the time
 from the command until the first update is in the log, with torch's caches empty. "Kernels alone"
 comes from a second run: torch's profiler adds up the kernels of ten updates (on a CPU all

@@ -17,10 +17,10 @@ transformers: its Qwen3 or Qwen3-MoE in our config's shape. There is no script t
 loop in this file, on random tokens that are on the GPU already. Weights, gradients and moments are
 bfloat16; those of transformers-float32 are float32, and its products bfloat16 as ours are.
 
-no-decay, to-start, slow: our own train.py with another rule for the knocks, whose weights decay to
-zero in train.py as all matrices do. With no-decay they do not decay. With to-start they decay to
-where they started: T, W^up and W^down to the identity, W^gate to zero. With slow their learning
-rate, and so their decay, is a tenth.
+no-decay, to-start, slow: our own train.py with another rule for the knocks. In train.py they decay
+to zero as all matrices do. With no-decay they do not decay. With to-start they decay to where they
+started: T, W^up and W^down to the identity, W^gate to zero. With slow their learning rate is a
+tenth, and so is their decay.
 """
 
 import importlib.util

@@ -251,7 +251,7 @@ def draw_matrices(matrices: dict[str, np.ndarray], path: Path) -> Path:
 
 
 def symbol(kind: str) -> str:
-    """The paper's symbol of a knock matrix, of the name of its parameter without the layer."""
+    """The paper's symbol for a knock matrix, from its parameter's name without the layer."""
     *where, matrix = kind.removeprefix("attn.").split(".")
     place = re.search("[qkv]", "".join(where).replace("knock", ""))
     place = place[0].upper() if place else ""

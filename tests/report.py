@@ -176,8 +176,8 @@ class Findings:
                 same = result["settings"][name] == baseline["settings"][name]
                 if not same and not name.startswith("knock"):
                     raise ValueError(
-                        f"the runs {result['run']!r} and {baseline['run']!r} differ in {name}, for"
-                        " they are of two versions: delete the older line and run the study again"
+                        f"the runs {result['run']!r} and {baseline['run']!r} differ in {name}: they"
+                        " are of two versions, so delete the older line and run the study again"
                     )
             pairs.append((result, baseline))
         return pairs
@@ -362,7 +362,7 @@ def report(name: str, study: Study, results: list[dict]) -> str:
 
 
 def fill(text: str, studies: dict[str, Study], results: list[dict]) -> str:
-    """A README with each table between its marks, <!-- study NAME --> and <!-- end -->, renewed."""
+    """A README's text with new tables between the marks <!-- study NAME --> and <!-- end -->."""
 
     def table(match: re.Match) -> str:
         name = match[2]

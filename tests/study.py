@@ -1,9 +1,9 @@
 """How well does it learn? Studies of many runs of train.py, and what they found.
 
     python tests/study.py types              # do the missing runs, one at a time on each GPU
-    python tests/study.py types --minutes 9  # and end in time, on a machine lent for a while
+    python tests/study.py types --minutes 9  # and end in nine minutes; the next call goes on
     python tests/study.py types --table      # print the table, from the results alone
-    python tests/study.py types --update     # rewrite the tables in the READMEs, and the pictures
+    python tests/study.py types --update     # rewrite all tables in results/README.md, and pictures
     python tests/study.py plot out/a out/b   # draw losses and learned matrices of your own runs
 
 A run is a command line of train.py, or of another project (tests/peers.py) if it begins with its
@@ -75,7 +75,7 @@ PEERS = [sys.executable, str(ROOT / "tests" / "peers.py")]
 SCRATCH = Path("out/study")  # where runs write; a run's folder is removed when its line is written
 DATA = {"byte": "data/studies", "gpt2": "data/studies_gpt2"}  # by tokenizer
 EVAL_BYTES = 50e6  # of training, about, between evaluations
-EVAL_TOKENS = 1 << 22  # held-out tokens: knocks change the loss by little, so it must be exact
+EVAL_TOKENS = 1 << 22  # held-out tokens: many, because knocks change the loss by little
 CURVE = 200  # points to keep of a training loss
 LEARNING = (  # settings of the training that decide what a run learns
     "steps", "batch_tokens", "lr", "weight_decay", "beta1", "beta2", "grad_clip", "balance",
@@ -93,7 +93,7 @@ KINDS = {
     "mlp on q, k, v": "--knock_q mlp --knock_k mlp --knock_v mlp",
     "mlp on v, random start": "--knock_v mlp --knock_init random",
 }
-LR = 1e-3  # the pilot's; to be replaced by the best rate of the baseline in the study `stability`
+LR = 1e-3  # the best rate without knocks in the study `stability`
 
 
 def small(shape: str = "", steps: int = 7630, lr: float = LR) -> str:
@@ -503,12 +503,11 @@ def load_plot() -> ModuleType:
 
 
 def update(results: Path) -> None:
-    """Rewrite the tables in the READMEs, and draw the pictures of all studies with results."""
+    """Rewrite the tables in README.md there, and draw the pictures of all studies with results."""
     plot = load_plot()
     found = read_results(results)
-    ours = results.resolve() == RESULTS
-    readmes = [results / "README.md"] + [ROOT / "README.md"] * ours
-    for readme in filter(Path.exists, readmes):
+    readme = results / "README.md"
+    if readme.exists():
         new = readme.with_suffix(".new")  # so that no half of it can be left
         new.write_text(fill(readme.read_text(), STUDIES, found))
         os.replace(new, readme)

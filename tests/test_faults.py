@@ -196,6 +196,15 @@ def test_a_checkpoint_of_another_version_is_refused(halves):
         parse_config(["--out", str(halves), "--resume"])
 
 
+def test_a_run_from_before_a_new_option_goes_on(halves):
+    checkpoint = load_checkpoint(halves)[1]
+    config = {name: value for name, value in checkpoint["config"].items() if "tie" not in name}
+    save_checkpoint(halves, {**checkpoint, "config": config})
+    assert parse_config(["--out", str(halves), "--resume", "--tie_embeddings"])[0].tie_embeddings
+    with pytest.raises(ValueError, match="--tie_embeddings False differs from .* True"):
+        parse_config(["--out", str(halves), "--resume", "--no-tie_embeddings"])
+
+
 def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
     """Run back to step 20, a run saves more often than before. What it kept must be two whole
     files."""

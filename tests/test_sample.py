@@ -247,6 +247,7 @@ def test_the_script(model, tmp_path):
         (("--checkpoint", path, "--top", 5), "unknown option --top: did you mean --top_"),
         (("--checkpoint", path, "--device", "tpu"), "device 'tpu' is not available"),
         (("--checkpoint", path, "--seed", "x"), "invalid int value"),
+        (("--checkpoint", path, "--evaluate", "a", "--export_hf", "b"), "give one of them"),
         (("--checkpoint", path, "--device", "cpu", "--compile"), "--compile is for CUDA"),
     ]:
         code, out, err = sample(*args)
