@@ -378,17 +378,21 @@ def measure(
 
 def main(argv: list[str]) -> None:
     """The command line. Raises ValueError or OSError for bad input."""
-    parser = argparse.ArgumentParser("sample.py", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser("sample.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", default="out/toy", help="a run's folder (the best of it), or a file")
+    add("--checkpoint", default="out/toy", help="a run's folder (then its best.pt, if it has"
+        " one), or a file (default: out/toy)")
     add("--prompt", default="", help="text to continue, - for standard input; default: none")
     add("--n_samples", type=int, default=1, help="texts to write (default: 1)")
     add("--max_new_tokens", type=int, default=200, help="length of each (default: 200)")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
-    add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
-    add("--top_p", type=float, default=1.0, help="draw from the likeliest of probability p")
+    add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all"
+        " (default: 0)")
+    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that together"
+        " have this probability (default: 1)")
     add("--seed", type=int, default=0, help="the same seed draws the same text (default: 0)")
-    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
     add("--compile", action="store_true", help="a minute first, then faster; CUDA only")
     add("--evaluate", metavar="DATA", help="print the held-out loss on this prepared data instead")
     add("--export_hf", metavar="FOLDER", help="write the model for transformers there instead")

@@ -73,7 +73,7 @@ class TrainConfig:
 
     data: str = DEFAULT_DATA  # folder made by data/prepare.py
     out: str = ""  # folder for checkpoints and log; out/CONFIG if not given
-    init: str = ""  # start from the weights in this run's folder, checkpoint or Qwen3 folder
+    init: str = ""  # start from the weights of this run's folder, checkpoint or Qwen3 folder
     seed: int = 1  # of the starting weights and of the batches
     steps: int = 1000  # optimizer steps of the whole run
     batch_tokens: int = 32768  # tokens per optimizer step
@@ -129,7 +129,8 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     settings given here replace the checkpoint's; the model's cannot change. With --init the model's
     shape comes with the weights. Raises ValueError for what cannot be.
     """
-    options = add_fields("train.py", __doc__, CONFIGS, "toy", (Config, TrainConfig))
+    configs = {name: CONFIGS[name] | RECIPES[name] for name in CONFIGS}
+    options = add_fields("train.py", __doc__, configs, "toy", (Config, TrainConfig))
     options.add_argument("--resume", action="store_true", default=False,
                          help="go on from the newest checkpoint in --out, if there is one")
     given = vars(parse_args(options, argv))
@@ -172,9 +173,10 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
 
 
 def warn_of_a_jump(before: TrainConfig, after: TrainConfig, step: int) -> None:
-    """Say so if resumed settings move the learning rate by more than a tenth."""
+    """Say so, once, if resumed settings move the learning rate by more than a tenth."""
     old, new = lr_at(min(step, before.steps - 1), before), lr_at(step, after)
-    if step < after.steps and abs(new - old) > 0.1 * old:
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first and step < after.steps and abs(new - old) > 0.1 * old:
         print(f"train.py: warning: the learning rate goes from {old:.3g} to {new:.3g} at step"
               f" {step + 1}, because its schedule is another one now", file=sys.stderr)
 

@@ -257,6 +257,13 @@ def start_from(path: str, changes: dict) -> tuple[Config, dict]:
     for name in {**wanted, **weights}:
         new, old = wanted.get(name), weights.get(name)
         is_new_knock = old is None and ".knock." in name
+        field = f"knock_{name.split('.knock.')[0][-1]}"  # blocks.0.attn.wv.knock.up -> knock_v
+        if new is None and field in changes:
+            raise ValueError(
+                f"{path} has trained with {field} {saved['config'][field]}, and its other weights"
+                f" rely on that: leave out --{field} {changes[field]}, or start from a run without"
+                " that knock"
+            )
         if not is_new_knock and (new is None or old is None or new.shape != old.shape):
             given = ", ".join(f"--{field} {value}" for field, value in changes.items())
             raise ValueError(

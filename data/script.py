@@ -60,25 +60,32 @@ def nearest(word: str, choices: Iterable[str], otherwise: str) -> str:
 
 
 def add_fields(
-    prog: str, doc: str, configs: dict, default: str, classes: Iterable[type]
+    prog: str, doc: str, configs: dict[str, dict], default: str, classes: Iterable[type]
 ) -> argparse.ArgumentParser:
-    """A parser with the name of one of `configs`, and every field of these dataclasses as an option
-    without a default. The comment beside a field is its help."""
+    """A parser with the name of one of `configs` (each: field -> value), and every field of these
+    dataclasses as an option without a default. The comment beside a field is its help."""
     parser = argparse.ArgumentParser(
-        prog, description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
+        prog, description=doc, usage=f"{prog} [config] [--option value ...]", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument(
-        "config", nargs="?", default=default, choices=configs, help=f"default: {default}"
-    )
+        "config", nargs="?", default=default, choices=configs, metavar="config",
+        help=f"one of {', '.join(configs)} (default: {default})",
+    )  # fmt: skip
+    differing = {name for fields in configs.values() for name in fields}
     for cls in classes:
+        group = parser.add_argument_group(cls.__name__)
         source = inspect.getsource(cls)
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
         for field in dataclasses.fields(cls):
-            how = {"type": field.type}
+            how = {"type": field.type, "metavar": field.type.__name__}
             if field.type is bool:
                 how = {"action": argparse.BooleanOptionalAction}
-            text = f"{comments[field.name]} (default: {field.default!r}, or the config's own)"
-            parser.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **how)
+            text = comments[field.name]
+            if field.default != "":
+                own = ", or the config's own" if field.name in differing else ""
+                text += f" (default: {field.default}{own})"
+            group.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **how)
     return parser
 
 

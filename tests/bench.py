@@ -284,7 +284,10 @@ def main(argv: list[str]) -> None:
                 print(f"| {name} | left out: {reason} |", flush=True)
                 continue
             command = [sys.executable, __file__, "--data", args.data, "--here", json.dumps(row)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            # The row's own folders are in here, so that a row that is stopped leaves none.
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                there = {**os.environ, "TMPDIR": folder}
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=there)
             if done.returncode:
                 n_failed += 1
                 print(f"| {name} | failed, see above |", flush=True)

@@ -215,6 +215,20 @@ def test_a_missing_clone_is_named_before_the_first_run(data, monkeypatch, capfd)
     assert code == 0 and line[1].startswith("left out: no clone of nanoGPT at nowhere")
 
 
+def test_a_row_that_is_stopped_leaves_no_files(data, monkeypatch):
+    folders = []
+
+    def stopped(command, env, **_):
+        folders.append(Path(env["TMPDIR"]))
+        (folders[0] / "checkpoint").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench.subprocess, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["toy, mlp on v", "--data", str(data)])
+    assert len(folders) == 1 and not folders[0].exists()
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="no group or row gpt3: name some of gpt2, small, "):
         bench.main(["gpt2", "gpt3"])

@@ -119,12 +119,15 @@ def test_settings_given_with_resume_replace_those_of_the_run(whole, halves, data
 @pytest.mark.parametrize(
     "change,rates", [("--steps 300", "0.00102 to 0.003"), ("--lr 0.001", "0.00102 to 0.000339")]
 )
-def test_a_resume_says_if_the_learning_rate_jumps(change, rates, halves, capsys):
+def test_a_resume_says_if_the_learning_rate_jumps(change, rates, halves, capsys, monkeypatch):
     (halves / "step-00000030.pt").unlink()
     parse_config(["--out", str(halves), "--resume"])
     assert capsys.readouterr().err == ""
     parse_config(["--out", str(halves), "--resume", *change.split()])
     assert f"warning: the learning rate goes from {rates} at step 21" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")  # of the processes of torchrun only the first one says so
+    parse_config(["--out", str(halves), "--resume", *change.split()])
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_cannot_go_back(halves, data):

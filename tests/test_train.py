@@ -316,7 +316,8 @@ def test_a_new_run_starts_from_a_qwen3_folder(data, tmp_path):
     [
         ("--n_embd 64", "do not fit a model with --n_embd 64 .* differs.: leave out what changes"),
         ("--n_layer 2", "do not fit a model with --n_layer 2"),
-        ("--knock_v none", "do not fit a model with --knock_v none"),
+        ("--knock_v none", "has trained with knock_v mlp, .*: leave out --knock_v none, or start"),
+        ("--knock_v linear", "has trained with knock_v mlp, .*: leave out --knock_v linear"),
         ("--n_expert 0 --top_k 0", "do not fit a model with --n_expert 0, --top_k 0"),
     ],
 )
@@ -346,9 +347,10 @@ def test_every_option_is_typed_and_the_config_is_the_default():
 
 def test_help_says_what_each_option_is():
     words = " ".join(train_script("--help").stdout.split())
-    lr = "--lr LR peak, after 5% warm-up; a cosine takes it to 10%"
+    lr = "--lr float peak, after 5% warm-up; a cosine takes it to 10%"
     assert f"{lr} (default: 0.00075, or the config's own)" in words
-    assert "--attention ATTENTION gqa, gta or mla (default" in words
+    assert "--attention str gqa, gta or mla (default: gqa)" in words
+    assert "out/CONFIG if not given --init str" in words  # an empty text is no default
 
 
 def test_killed_while_it_prepares_its_data_it_leaves_nothing(tmp_path):
