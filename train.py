@@ -138,7 +138,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     settings = {"out": f"out/{name}", **RECIPES[name], **given}
     if not settings["out"]:
         raise ValueError("--out is empty: name a folder")
-    saved = files.list_checkpoints(settings["out"])
+    saved = files.list_to_resume(settings["out"])
     if saved and not resume:
         raise ValueError(
             f"{settings['out']} holds a run already: add --resume to go on with it, or choose"
@@ -153,15 +153,16 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
                 f"the run in {settings['out']} is not of this version of train.py ({error}):"
                 " sample from it only"
             ) from error
-        for field, value in shape.items():
-            if checkpoint["config"][field] != value:
+        config, train = Config(**checkpoint["config"]), dataclasses.replace(before, **given)
+        fixed = {**asdict(config), "init": before.init}
+        for field, value in {**shape, "init": train.init}.items():
+            if fixed[field] != value:
                 raise ValueError(
-                    f"--{field} {value} differs from the checkpoint's"
-                    f" {checkpoint['config'][field]}: leave it out"
+                    f"--{field} {value} differs from the checkpoint's {fixed[field]!r}:"
+                    " leave it out"
                 )
-        train = dataclasses.replace(before, **given)
         warn_of_a_jump(before, train, checkpoint["step"])
-        return Config(**checkpoint["config"]), train, checkpoint
+        return config, train, checkpoint
     if settings.get("init"):
         if os.path.exists(os.path.join(settings["init"], "config.json")):
             config, checkpoint = start_from_hf(settings["init"], shape)

@@ -24,6 +24,7 @@ import sys
 import threading
 import zipfile
 import zlib
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -124,16 +125,16 @@ def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
     then renamed. Raises OSError if it cannot be written; the earlier ones then stand.
     """
     name = f"step-{checkpoint['step']:08d}.pt"
-    temporary = os.path.join(folder, "checkpoint.tmp")
+    temporary, second = os.path.join(folder, "checkpoint.tmp"), os.path.join(folder, "best.tmp")
     try:
+        # What a killed run left may be best.pt under another name: it must not be written to.
+        remove(temporary, second)
         torch.save(checkpoint, temporary)
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         if best:
-            keep_as_best(folder, temporary)
+            keep_as_best(temporary, second)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        remove(temporary, second)
         reason = str(error).split("\n")[0]
         if not isinstance(error, OSError):
             reason = f"as on a full disk: {reason}"
@@ -151,16 +152,28 @@ def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
         os.remove(path)
 
 
-def keep_as_best(folder: str, path: str) -> None:
-    """Make best.pt the content of a file. A second name costs no space; some disks need a copy."""
-    second = os.path.join(folder, "best.tmp")
-    if os.path.exists(second):
-        os.remove(second)
+def keep_as_best(path: str, second: str) -> None:
+    """Make best.pt, beside `second`, the content of a file, which gets `second` as another name
+    first. That costs no space; some disks need a copy."""
     try:
         os.link(path, second)
     except OSError:
         shutil.copyfile(path, second)
-    os.replace(second, os.path.join(folder, "best.pt"))
+        sync(second)
+    os.replace(second, os.path.join(os.path.dirname(second), "best.pt"))
+
+
+def remove(*paths: str) -> None:
+    """Remove those of the files that are there."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            os.remove(path)
+
+
+def sync(path: str) -> None:
+    """Bring a file to the disk."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
 
 
 def best_loss(folder: str) -> float:
@@ -178,6 +191,12 @@ def list_checkpoints(folder: str) -> list[str]:
     """The checkpoints step-N.pt in a run's folder, newest first."""
     pattern = os.path.join(glob.escape(folder), f"step-{8 * '[0-9]'}.pt")
     return sorted(glob.glob(pattern), reverse=True)
+
+
+def list_to_resume(folder: str) -> list[str]:
+    """The checkpoints from which a run can go on: the newest first, best.pt after all others."""
+    best = os.path.join(folder, "best.pt")
+    return list_checkpoints(folder) + [best] * os.path.isfile(best)
 
 
 def read_newest(paths: list[str]) -> dict:

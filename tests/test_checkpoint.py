@@ -1,10 +1,14 @@
 """Checkpoints appear whole or not at all, and nothing but data is read from them."""
 
 import dataclasses
+import errno
+import os
 import resource
+import shutil
 import struct
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +60,38 @@ def test_the_best_is_kept_beside_the_last_two(tmp_path):
         assert checkpoint["step"] == best and checkpoint["path"] == f"{tmp_path}/best.pt"
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["best.pt", "step-00000005.pt", "step-00000006.pt"]
+
+
+def test_what_a_killed_run_left_is_not_written_to(tmp_path):
+    """It may be best.pt under another name: a run can be killed between two renames."""
+    save_checkpoint(tmp_path, tiny_checkpoint(1)[1], best=True)
+    for name in ("checkpoint.tmp", "best.tmp"):
+        os.link(tmp_path / "best.pt", tmp_path / name)
+    before = (tmp_path / "best.pt").read_bytes()
+    save_checkpoint(tmp_path, tiny_checkpoint(2)[1])
+    assert (tmp_path / "best.pt").read_bytes() == before
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["best.pt", "step-00000001.pt", "step-00000002.pt"]
+
+
+def test_on_a_disk_without_second_names_the_best_is_a_whole_copy(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_links)
+    save_checkpoint(tmp_path, tiny_checkpoint(1)[1], best=True)
+    assert load_checkpoint(tmp_path / "best.pt")[1]["step"] == 1
+    before = (tmp_path / "best.pt").read_bytes()
+
+    def full(_, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left .*: the earlier checkpoints there stand"):
+        save_checkpoint(tmp_path, tiny_checkpoint(2)[1], best=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "step-00000001.pt"]
+    assert (tmp_path / "best.pt").read_bytes() == before
 
 
 def test_an_error_elsewhere_waits_for_the_checkpoint(tmp_path, monkeypatch):
