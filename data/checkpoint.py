@@ -33,7 +33,9 @@ from torch.distributed.checkpoint import state_dict as sharded
 from kha import Config, Transformer
 
 FORMAT = 2  # 1 had the knocks beside the projections, as knock_v, and no "format"
-KEYS = ("format", "step", "config", "train", "tokenizer", "model")
+TYPES = {
+    "format": int, "step": int, "config": dict, "train": dict, "tokenizer": str, "model": dict,
+}  # fmt: skip
 
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -179,7 +181,8 @@ def sync(path: str) -> None:
 def best_loss(folder: str) -> float:
     """The held-out loss of best.pt, infinite if there is none. Says so if it is damaged."""
     try:
-        return read_checkpoint(os.path.join(folder, "best.pt"))["val_loss"]
+        loss = read_checkpoint(os.path.join(folder, "best.pt")).get("val_loss")
+        return math.inf if loss is None else loss  # a copy that the user made may have none
     except FileNotFoundError:
         return math.inf
     except ValueError as error:
@@ -227,8 +230,12 @@ def read_checkpoint(path: str) -> dict:
                 f"{path} has the checkpoint format {version} and this version of the project has"
                 f" {FORMAT}: use the version that wrote it, or train again"
             )
-        if missing := set(KEYS) - set(checkpoint):
-            raise LookupError(f"it lacks {', '.join(sorted(missing))}")
+        for key, kind in TYPES.items():
+            if not isinstance(checkpoint.get(key), kind):
+                raise LookupError(f"it lacks {key}, or that is no {kind.__name__}")
+        for name, weight in checkpoint["model"].items():
+            if not (isinstance(name, str) and isinstance(weight, torch.Tensor)):
+                raise LookupError(f"{name!r} in its model is no tensor")
         Config(**checkpoint["config"])
         return checkpoint
     except FormatError:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.checkpoint import FORMAT, Saver, load_checkpoint, save_checkpoint
+from data.checkpoint import FORMAT, Saver, load_checkpoint, save_checkpoint, start_from
 from kha import Config, Transformer
 from tests.reference import scramble
 
@@ -128,6 +128,10 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
     [
         lambda c: {**c, "model": []},
         lambda c: {**c, "model": {}},
+        lambda c: {**c, "model": {name: "text" for name in c["model"]}},
+        lambda c: {**c, "model": {1: torch.zeros(1)}},
+        lambda c: {**c, "step": "1"},
+        lambda c: {**c, "tokenizer": 1},
         lambda c: {**c, "config": {}},
         lambda c: {name: c[name] for name in c if name != "tokenizer"},
         lambda c: {name: c[name] for name in c if name != "step"},
@@ -141,6 +145,16 @@ def test_what_is_whole_but_no_checkpoint_is_refused_in_one_line(change, tmp_path
     ) as error:
         load_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="not a checkpoint of this project|do not fit a model"):
+        start_from(tmp_path, {})
+
+
+def test_a_best_checkpoint_without_a_loss_gives_way(tmp_path):
+    """Such as a copy that the user made."""
+    save_checkpoint(tmp_path, tiny_checkpoint(1)[1], best=True)
+    with Saver(tmp_path, start=1) as saver:
+        saver.save({**tiny_checkpoint(2)[1], "val_loss": 3.0})
+    assert load_checkpoint(tmp_path / "best.pt")[1]["step"] == 2
 
 
 def test_another_format_is_named(tmp_path):

@@ -205,6 +205,16 @@ def test_a_disk_that_cannot_read_is_not_a_damaged_checkpoint(halves, monkeypatch
         parse_config(["--out", str(halves), "--resume"])
 
 
+def test_a_run_from_before_a_field_has_its_default(halves):
+    checkpoint = load_checkpoint(halves)[1]
+    del checkpoint["config"]["tie_embeddings"], checkpoint["path"]
+    save_checkpoint(halves, checkpoint)
+    args = ["--out", str(halves), "--resume"]
+    assert parse_config([*args, "--tie_embeddings"])[0].tie_embeddings
+    with pytest.raises(ValueError, match="tie_embeddings False differs from the checkpoint's True"):
+        parse_config([*args, "--no-tie_embeddings"])
+
+
 def test_a_checkpoint_of_another_version_is_refused(halves):
     checkpoint = load_checkpoint(halves)[1]
     save_checkpoint(halves, {**checkpoint, "train": {**checkpoint["train"], "dropout": 0.1}})
