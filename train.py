@@ -139,7 +139,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     settings = {"out": f"out/{name}", **RECIPES[name], **given}
     if not settings["out"]:
         raise ValueError("--out is empty: name a folder")
-    saved = files.list_checkpoints(settings["out"])
+    saved = files.list_to_resume(settings["out"])
     if saved and not resume:
         raise ValueError(
             f"{settings['out']} holds a run already: add --resume to go on with it, or choose"
@@ -154,13 +154,12 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
                 f"the run in {settings['out']} is not of this version of train.py ({error}):"
                 " sample from it only"
             ) from error
-        config = Config(**checkpoint["config"])
-        for field, value in shape.items():
-            if (own := getattr(config, field)) != value:
-                raise ValueError(
-                    f"--{field} {value} differs from the checkpoint's {own}: leave it out"
-                )
-        train = dataclasses.replace(before, **given)
+        config, train = Config(**checkpoint["config"]), dataclasses.replace(before, **given)
+        fixed = {**asdict(config), "init": before.init}
+        for field, value in {**shape, "init": train.init}.items():
+            if fixed[field] != value:
+                raise ValueError(f"--{field} {value} differs from the checkpoint's"
+                                 f" {fixed[field]!r}: leave it out")
         warn_of_a_jump(before, train, checkpoint["step"])
         return config, train, checkpoint
     if settings.get("init"):
@@ -348,12 +347,10 @@ def check_run(
     if train.batch_tokens % unit:
         each, rest = divmod(train.batch_tokens, T * n_process)  # sequences of a process
         fits = [n for n in range(min(micro, each), 0, -1) if not rest and each % n == 0]
-        raise ValueError(
-            f"batch_tokens must be a multiple of micro_batch * block_size * processes = {micro} *"
-            f" {T} * {n_process} = {unit}, not {train.batch_tokens}: add --batch_tokens"
-            f" {-(-train.batch_tokens // unit) * unit}"
-            + (f" or --micro_batch {fits[0]}" if fits else "")
-        )
+        raise ValueError(f"batch_tokens must be a multiple of micro_batch * block_size * processes ="
+                         f" {micro} * {T} * {n_process} = {unit}, not {train.batch_tokens}: add"
+                         f" --batch_tokens {-(-train.batch_tokens // unit) * unit}"
+                         + (f" or --micro_batch {fits[0]}" if fits else ""))
     if meta["vocab_size"] > config.vocab_size:
         raise ValueError(
             f"{data} has a vocabulary of {meta['vocab_size']} ({meta['tokenizer']}), more than the"

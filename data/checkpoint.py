@@ -24,6 +24,7 @@ import sys
 import threading
 import zipfile
 import zlib
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -32,7 +33,9 @@ from torch.distributed.checkpoint import state_dict as sharded
 from kha import Config, Transformer
 
 FORMAT = 2  # 1 had the knocks beside the projections, as knock_v, and no "format"
-KEYS = ("format", "step", "config", "train", "tokenizer", "model")
+TYPES = {
+    "format": int, "step": int, "config": dict, "train": dict, "tokenizer": str, "model": dict,
+}  # fmt: skip
 
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -124,16 +127,16 @@ def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
     then renamed. Raises OSError if it cannot be written; the earlier ones then stand.
     """
     name = f"step-{checkpoint['step']:08d}.pt"
-    temporary = os.path.join(folder, "checkpoint.tmp")
+    temporary, second = os.path.join(folder, "checkpoint.tmp"), os.path.join(folder, "best.tmp")
     try:
+        # What a killed run left may be best.pt under another name: it must not be written to.
+        remove(temporary, second)
         torch.save(checkpoint, temporary)
-        with open(temporary, "r+b") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         if best:
-            keep_as_best(folder, temporary)
+            keep_as_best(temporary, second)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        remove(temporary, second)
         reason = str(error).split("\n")[0]
         if not isinstance(error, OSError):
             reason = f"as on a full disk: {reason}"
@@ -151,22 +154,35 @@ def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
         os.remove(path)
 
 
-def keep_as_best(folder: str, path: str) -> None:
-    """Make best.pt the content of a file. A second name costs no space; some disks need a copy."""
-    second = os.path.join(folder, "best.tmp")
-    if os.path.exists(second):
-        os.remove(second)
+def keep_as_best(path: str, second: str) -> None:
+    """Make best.pt, beside `second`, the content of a file, which gets `second` as another name
+    first. That costs no space; some disks need a copy."""
     try:
         os.link(path, second)
     except OSError:
         shutil.copyfile(path, second)
-    os.replace(second, os.path.join(folder, "best.pt"))
+        sync(second)
+    os.replace(second, os.path.join(os.path.dirname(second), "best.pt"))
+
+
+def remove(*paths: str) -> None:
+    """Remove those of the files that are there."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            os.remove(path)
+
+
+def sync(path: str) -> None:
+    """Bring a file to the disk."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
 
 
 def best_loss(folder: str) -> float:
     """The held-out loss of best.pt, infinite if there is none. Says so if it is damaged."""
     try:
-        return read_checkpoint(os.path.join(folder, "best.pt"))["val_loss"]
+        loss = read_checkpoint(os.path.join(folder, "best.pt")).get("val_loss")
+        return math.inf if loss is None else loss  # a copy that the user made may have none
     except FileNotFoundError:
         return math.inf
     except ValueError as error:
@@ -178,6 +194,12 @@ def list_checkpoints(folder: str) -> list[str]:
     """The checkpoints step-N.pt in a run's folder, newest first."""
     pattern = os.path.join(glob.escape(folder), f"step-{8 * '[0-9]'}.pt")
     return sorted(glob.glob(pattern), reverse=True)
+
+
+def list_to_resume(folder: str) -> list[str]:
+    """The checkpoints from which a run can go on: the newest first, best.pt after all others."""
+    best = os.path.join(folder, "best.pt")
+    return list_checkpoints(folder) + [best] * os.path.isfile(best)
 
 
 def read_newest(paths: list[str]) -> dict:
@@ -208,8 +230,12 @@ def read_checkpoint(path: str) -> dict:
                 f"{path} has the checkpoint format {version} and this version of the project has"
                 f" {FORMAT}: use the version that wrote it, or train again"
             )
-        if missing := set(KEYS) - set(checkpoint):
-            raise LookupError(f"it lacks {', '.join(sorted(missing))}")
+        for key, kind in TYPES.items():
+            if not isinstance(checkpoint.get(key), kind):
+                raise LookupError(f"it lacks {key}, or that is no {kind.__name__}")
+        for name, weight in checkpoint["model"].items():
+            if not (isinstance(name, str) and isinstance(weight, torch.Tensor)):
+                raise LookupError(f"{name!r} in its model is no tensor")
         Config(**checkpoint["config"])
         return checkpoint
     except FormatError:

@@ -239,7 +239,7 @@ def import_hf(folder: str, **changes) -> Transformer:
                                  f" {getattr(own, field)}: leave it out")
 
         files, index = {"model.safetensors"}, Path(folder, "model.safetensors.index.json")
-        if index.exists():
+        if not Path(folder, "model.safetensors").exists() and index.exists():
             files = set(json.loads(index.read_text())["weight_map"].values())
         theirs = {}
         for file in files:
@@ -253,13 +253,15 @@ def import_hf(folder: str, **changes) -> Transformer:
         }
         if theirs:
             raise ValueError(f"cannot import {folder}: ours has no place for {min(theirs)}")
+        if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+            raise ValueError(f"cannot import {folder}: not all numbers in {bad[0]} are finite")
         with torch.device("meta"):
             model = Transformer(config)
         knocks = {name: knock.to_empty(device="cpu") for name, knock in knocks_of(model).items()}
         model.load_state_dict(weights, strict=False, assign=True)  # all but the knocks
     except (
-        json.JSONDecodeError, safetensors.SafetensorError, RuntimeError, KeyError, TypeError,
-        AttributeError,
+        json.JSONDecodeError, UnicodeError, safetensors.SafetensorError, RuntimeError, KeyError,
+        TypeError, AttributeError,
     ) as error:  # fmt: skip
         reason = str(error).strip().split("\n")[-1].strip()
         raise ValueError(f"{folder} is damaged or not a Qwen3 model ({reason})") from error

@@ -8,7 +8,7 @@ tokens by id. tokenizer.json lists the pairs, and writes each byte as a letter, 
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import tiktoken
@@ -105,7 +105,7 @@ class JsonTokenizer(tiktoken.Encoding):
             check_kind(content)
             model, self.to_nfc = content["model"], content.get("normalizer") is not None
             pattern = read_pattern(content["pre_tokenizer"], bool(model["merges"]))
-            added = {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+            added = place_added(content.get("added_tokens", ()), model["vocab"])
             ranks = {unspell(token): i for token, i in model["vocab"].items() if token not in added}
             check_tokens(model, ranks, added)
             super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
@@ -172,6 +172,23 @@ def adds_nothing(processor: dict) -> bool:
     """Whether a post_processor leaves tokens as they are."""
     is_template = processor["type"] == "TemplateProcessing"
     return processor["type"] == "ByteLevel" or is_template and not processor["special_tokens"]
+
+
+def place_added(tokens: Iterable[dict], vocab: dict[str, int]) -> dict[str, int]:
+    """The ids of added tokens. Raises ValueError if transformers gives them others: it takes that
+    of the vocabulary, and numbers those that are not in it from the vocabulary's length on."""
+    added, n_new = {}, 0
+    for token in tokens:
+        text = token["content"]
+        if text in vocab:
+            added[text] = vocab[text]
+        elif text not in added:
+            added[text] = len(vocab) + n_new
+            n_new += 1
+        if added[text] != token["id"] or not text:
+            raise ValueError(f"the added token {text!r} with the id {token['id']}, which"
+                             f" transformers takes for {added[text]}")
+    return added
 
 
 def check_tokens(model: dict, ranks: dict[bytes, int], added: dict[str, int]) -> None:

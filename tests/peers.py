@@ -247,6 +247,8 @@ def make_optimizer_with(
 
     @torch.no_grad()
     def before_step(*_) -> None:
+        if not hasattr(optimizer, "found_inf"):
+            return  # no update: torch steps once to make room for the moments of a resumed run
         if rule == "slow":
             optimizer.param_groups[-1]["lr"].copy_(lr / 10)
         if rule == "to-start":

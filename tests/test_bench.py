@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.checkpoint import collect, restore
 from data.tokens import open_tokens
 from kha import Config, Transformer
 from tests import bench, peers, report, study
@@ -132,6 +133,22 @@ def test_other_rules_move_the_knocks_as_they_say(rule):
     in_groups = [x for group in optimizer.param_groups for x in group["params"]]
     assert len(in_groups) == len(set(map(id, in_groups))) == len(others) + 1
     assert [group["weight_decay"] for group in optimizer.param_groups[:2]] == [0.5, 0]
+
+
+@pytest.mark.parametrize("rule", peers.RULES)
+def test_a_resume_with_another_rule_changes_no_weight(rule):
+    train, pairs = TrainConfig(lr=0.1, weight_decay=0.5), []
+    for _ in range(2):
+        model = Transformer(Config(n_layer=1, n_embd=16, n_head=2, n_kv_head=2, head_dim=8))
+        pairs.append((model, peers.make_optimizer_with(rule, model, train)))
+    (model, optimizer), resumed = pairs
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.step()
+    restore(*resumed, {**collect(model, optimizer), "step": 1})
+    for p, same in zip(model.parameters(), resumed[0].parameters(), strict=True):
+        assert torch.equal(p, same)
 
 
 def test_a_run_with_another_rule_goes_on_where_it_was(data, monkeypatch):

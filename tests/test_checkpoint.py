@@ -1,15 +1,19 @@
 """Checkpoints appear whole or not at all, and nothing but data is read from them."""
 
 import dataclasses
+import errno
+import os
 import resource
+import shutil
 import struct
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from data.checkpoint import FORMAT, Saver, load_checkpoint, save_checkpoint
+from data.checkpoint import FORMAT, Saver, load_checkpoint, save_checkpoint, start_from
 from kha import Config, Transformer
 from tests.reference import scramble
 
@@ -58,6 +62,38 @@ def test_the_best_is_kept_beside_the_last_two(tmp_path):
     assert files == ["best.pt", "step-00000005.pt", "step-00000006.pt"]
 
 
+def test_what_a_killed_run_left_is_not_written_to(tmp_path):
+    """It may be best.pt under another name: a run can be killed between two renames."""
+    save_checkpoint(tmp_path, tiny_checkpoint(1)[1], best=True)
+    for name in ("checkpoint.tmp", "best.tmp"):
+        os.link(tmp_path / "best.pt", tmp_path / name)
+    before = (tmp_path / "best.pt").read_bytes()
+    save_checkpoint(tmp_path, tiny_checkpoint(2)[1])
+    assert (tmp_path / "best.pt").read_bytes() == before
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["best.pt", "step-00000001.pt", "step-00000002.pt"]
+
+
+def test_on_a_disk_without_second_names_the_best_is_a_whole_copy(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_links)
+    save_checkpoint(tmp_path, tiny_checkpoint(1)[1], best=True)
+    assert load_checkpoint(tmp_path / "best.pt")[1]["step"] == 1
+    before = (tmp_path / "best.pt").read_bytes()
+
+    def full(_, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left .*: the earlier checkpoints there stand"):
+        save_checkpoint(tmp_path, tiny_checkpoint(2)[1], best=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "step-00000001.pt"]
+    assert (tmp_path / "best.pt").read_bytes() == before
+
+
 def test_an_error_elsewhere_waits_for_the_checkpoint(tmp_path, monkeypatch):
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda *args: (time.sleep(0.2), save(*args)))
@@ -92,6 +128,10 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
     [
         lambda c: {**c, "model": []},
         lambda c: {**c, "model": {}},
+        lambda c: {**c, "model": {name: "text" for name in c["model"]}},
+        lambda c: {**c, "model": {1: torch.zeros(1)}},
+        lambda c: {**c, "step": "1"},
+        lambda c: {**c, "tokenizer": 1},
         lambda c: {**c, "config": {}},
         lambda c: {name: c[name] for name in c if name != "tokenizer"},
         lambda c: {name: c[name] for name in c if name != "step"},
@@ -105,6 +145,16 @@ def test_what_is_whole_but_no_checkpoint_is_refused_in_one_line(change, tmp_path
     ) as error:
         load_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="not a checkpoint of this project|do not fit a model"):
+        start_from(tmp_path, {})
+
+
+def test_a_best_checkpoint_without_a_loss_gives_way(tmp_path):
+    """Such as a copy that the user made."""
+    save_checkpoint(tmp_path, tiny_checkpoint(1)[1], best=True)
+    with Saver(tmp_path, start=1) as saver:
+        saver.save({**tiny_checkpoint(2)[1], "val_loss": 3.0})
+    assert load_checkpoint(tmp_path / "best.pt")[1]["step"] == 2
 
 
 def test_another_format_is_named(tmp_path):

@@ -170,14 +170,30 @@ def test_a_damaged_best_checkpoint_is_replaced(halves, data, capsys):
     assert load_checkpoint(halves / "best.pt")[1]["step"] == 30
 
 
+def test_a_run_of_which_only_the_best_is_left_goes_on_from_it(whole, halves, data):
+    """Nor does a new run take its place."""
+    shutil.copyfile(halves / "step-00000020.pt", halves / "best.pt")
+    for path in halves.glob("step-*.pt"):
+        path.unlink()
+    args = [*SHORT, "--data", str(data), "--out", str(halves)]
+    before = contents(halves)
+    with pytest.raises(ValueError, match="holds a run already"):
+        main(args)
+    assert contents(halves) == before
+    main([*args, "--resume"])
+    assert untimed(halves) == untimed(whole)
+    assert equal_weights(weights_of(halves), weights_of(whole))
+
+
 def test_with_all_checkpoints_damaged_nothing_is_touched(halves):
     for path in halves.glob("*.pt"):
         path.write_bytes(cut(path.read_bytes()))
     before = contents(halves)
     done = train_script("--out", halves, "--resume")
     assert done.returncode == 2 and done.stdout == ""
-    warning, error = done.stderr.splitlines()
-    assert "warning" in warning and "error" in error and "step-00000020.pt is damaged" in error
+    *warnings, error = done.stderr.splitlines()
+    assert len(warnings) == 2 and all("warning" in warning for warning in warnings)
+    assert "error" in error and "best.pt is damaged" in error
     assert contents(halves) == before
 
 
@@ -190,6 +206,16 @@ def test_a_disk_that_cannot_read_is_not_a_damaged_checkpoint(halves, monkeypatch
     monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
     with pytest.raises(OSError, match="Input/output error"):
         parse_config(["--out", str(halves), "--resume"])
+
+
+def test_a_run_from_before_a_field_has_its_default(halves):
+    checkpoint = load_checkpoint(halves)[1]
+    del checkpoint["config"]["tie_embeddings"], checkpoint["path"]
+    save_checkpoint(halves, checkpoint)
+    args = ["--out", str(halves), "--resume"]
+    assert parse_config([*args, "--tie_embeddings"])[0].tie_embeddings
+    with pytest.raises(ValueError, match="tie_embeddings False differs from the checkpoint's True"):
+        parse_config([*args, "--no-tie_embeddings"])
 
 
 def test_a_checkpoint_of_another_version_is_refused(halves):

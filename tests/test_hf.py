@@ -713,6 +713,25 @@ def test_damaged_and_missing_files_are_named(tmp_path):
         (tmp_path / "config.json").write_text(damaged)
         with pytest.raises(ValueError, match="is damaged or not a Qwen3 model"):
             import_hf(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="is damaged or not a Qwen3 model"):
+        import_hf(tmp_path)
+
+
+def test_of_two_sets_of_weights_that_of_transformers_comes_in(tmp_path):
+    theirs().save_pretrained(tmp_path, max_shard_size="8KB")
+    torch.manual_seed(1)
+    theirs().save_pretrained(tmp_path / "newer")
+    (tmp_path / "newer" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    assert_same(import_hf(tmp_path), load(tmp_path))
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = theirs()
+    model.model.norm.weight.data[3] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not all numbers in norm.weight are finite"):
+        import_hf(tmp_path)
 
 
 def test_without_safetensors_the_way_out_is_named(byte, tmp_path, monkeypatch):

@@ -180,13 +180,14 @@ def test_older_forms_of_the_file_are_read(small):
     assert_same_ids(JsonTokenizer(text), tokenizers.Tokenizer.from_str(text))
 
     content["added_tokens"][0]["id"] = model["vocab"]["<|endoftext|>"] = 601
-    content["added_tokens"].append(dict(content["added_tokens"][0], id=650, content="<think>"))
+    content["added_tokens"].append(dict(content["added_tokens"][0], id=600, content="<think>"))
     text = json.dumps(content)
     ours = JsonTokenizer(text)
-    assert (ours.n_vocab, ours.eot_token) == (651, 601)
+    assert (ours.n_vocab, ours.eot_token) == (602, 601)
+    assert tokenizers.Tokenizer.from_str(text).token_to_id("<think>") == 600
     assert_same_ids(ours, tokenizers.Tokenizer.from_str(text))
     spelt = ours.encode("<think>", disallowed_special=())  # in a document it is text
-    assert ours.decode(spelt) == "<think>" and 650 not in spelt
+    assert ours.decode(spelt) == "<think>" and 600 not in spelt
 
 
 def change(content, path, value):
@@ -237,7 +238,9 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("pre_tokenizer", split_by("")["pretokenizers"][1], "which has the pre_tokenizer"),
         ("pre_tokenizer", None, "damaged or no tokenizer.json"),
         ("added_tokens", [], "which has no added token <|endoftext|>"),
-        ("added_tokens/0/id", 300, "which has two tokens of one id"),
+        ("model/vocab/a", 300, "which has two tokens of one id"),
+        ("added_tokens/0/id", 600, "id 600, which transformers takes for 0"),
+        ("added_tokens/0/content", "<end>", "id 0, which transformers takes for 600"),
         ("model/vocab/\u0100", "removed", "which has no tokens for some bytes"),
         ("model/vocab/\u2581the", 700, "which has the token .\u2581the., which is not spelt in"),
         ("model/merges", [], "which has the pre_tokenizer"),

@@ -415,6 +415,10 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
             "--out RUN --resume --n_layer 3",
             "--n_layer 3 differs from the checkpoint's 1: leave it out",
         ),
+        (
+            "--out RUN --resume --init BROKEN",
+            "differs from the checkpoint's '': leave it out",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_touches_nothing(args, message, data, tmp_path):
