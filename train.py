@@ -347,8 +347,8 @@ def check_run(
     if train.batch_tokens % unit:
         each, rest = divmod(train.batch_tokens, T * n_process)  # sequences of a process
         fits = [n for n in range(min(micro, each), 0, -1) if not rest and each % n == 0]
-        raise ValueError(f"batch_tokens must be a multiple of micro_batch * block_size * processes ="
-                         f" {micro} * {T} * {n_process} = {unit}, not {train.batch_tokens}: add"
+        raise ValueError(f"batch_tokens must be a multiple of micro_batch * block_size * processes"
+                         f" = {micro} * {T} * {n_process} = {unit}, not {train.batch_tokens}: add"
                          f" --batch_tokens {-(-train.batch_tokens // unit) * unit}"
                          + (f" or --micro_batch {fits[0]}" if fits else ""))
     if meta["vocab_size"] > config.vocab_size:
