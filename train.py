@@ -21,8 +21,9 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 
-# Threads must not spin while they wait: a second job on the machine would take their cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads must not spin for long while they wait, or a second job on the machine stops them all.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
 import torch
 from torch import Tensor, nn
