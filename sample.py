@@ -360,9 +360,7 @@ def bits_per_byte(loss: float, counts: dict) -> float:
     return loss / math.log(2) * counts["tokens"] / counts["bytes"]
 
 
-def measure(
-    model: Transformer, tokenizer: tiktoken.Encoding, folder: str, device: str
-) -> None:
+def measure(model: Transformer, tokenizer: str, folder: str, device: str) -> None:
     """Print a model's held-out loss on prepared data. Raises ValueError if the data are in other
     tokens than the model's, or too few."""
     meta, tokens = load_meta(folder), open_tokens(folder, "val")
@@ -417,7 +415,7 @@ def main(argv: list[str]) -> None:
     if data is not None:
         if device.startswith("cuda"):
             model.compute_dtype = torch.bfloat16  # as in training
-        measure(model, tokenizer, data, device)
+        measure(model, checkpoint["tokenizer"], data, device)
         return
     lighten(model)
     if compiled:

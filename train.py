@@ -344,7 +344,7 @@ def check_run(
     meta, unit = load_meta(data), T * micro * n_process
     data_hash = meta["train"]["sha256"]
     if checkpoint:
-        check_tokenizer(data, load_tokenizer(checkpoint["tokenizer"]))
+        check_tokenizer(data, checkpoint["tokenizer"])
     if train.batch_tokens % unit:
         each, rest = divmod(train.batch_tokens, T * n_process)  # sequences of a process
         fits = [n for n in range(min(micro, each), 0, -1) if not rest and each % n == 0]

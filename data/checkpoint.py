@@ -30,6 +30,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict as sharded
 
+from data.script import sync
 from kha import Config, Transformer
 
 FORMAT = 2  # 1 had the knocks beside the projections, as knock_v, and no "format"
@@ -170,12 +171,6 @@ def remove(*paths: str) -> None:
     for path in paths:
         with suppress(FileNotFoundError):
             os.remove(path)
-
-
-def sync(path: str) -> None:
-    """Bring a file to the disk."""
-    with open(path, "r+b") as file:
-        os.fsync(file.fileno())
 
 
 def best_loss(folder: str) -> float:

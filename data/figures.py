@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from data.loss import LOGITS_AT_ONCE
 from kha import Config, Heads, Knock, Transformer
 
 # Peak dense bfloat16 FLOP/s by the vendor's datasheet, the denominator of MFU.
@@ -115,7 +116,8 @@ def memory_per_gpu(
         "casts": 2 * (n if n_shard == 1 else n - (c.n_layer - 2) * n_block),
         "activations": 2 * tokens * (c.n_layer * c.n_embd + layer if recompute else
                                      c.n_layer * layer),
-        "logits": 2 * 2 * min(tokens * c.vocab_size, 2**29) + 2 * 4 * c.vocab_size * c.n_embd,
+        "logits": 2 * 2 * min(tokens * c.vocab_size, LOGITS_AT_ONCE)
+                  + 2 * 4 * c.vocab_size * c.n_embd,
     }  # fmt: skip
     if not accumulates:
         rest = parts["activations"] + parts["logits"]

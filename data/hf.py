@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from data.figures import knocks_of
+from data.script import sync
 from data.tokenizer_json import END, to_json
 from data.tokens import TOKENIZER_FILE
 from kha import Config, Transformer, fold, init_weights
@@ -120,8 +121,7 @@ def export_hf(model: Transformer, folder: str, tokenizer: tiktoken.Encoding) -> 
         safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
         shutil.copymode(Path(temporary, "config.json"), file)  # safetensors makes it private
         for path in Path(temporary).iterdir():
-            with open(path, "r+b") as written:
-                os.fsync(written.fileno())  # the folder must not appear before what is in it
+            sync(path)  # the folder must not appear before what is in it
         os.replace(temporary, folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(f"cannot write {folder}: {error}") from error

@@ -45,7 +45,7 @@ import tiktoken
 from tqdm import tqdm
 
 from data.documents import PIECE, LeftOut, drop_duplicates, find_sources, read_documents
-from data.script import parse_args, run_script
+from data.script import parse_args, run_script, sync
 from data.split import SEQUENCE, split_tokens
 from data.tokens import (
     SPLITS,
@@ -188,8 +188,7 @@ def publish(work: Path, target: Path) -> None:
     Raises FileExistsError if something else is.
     """
     for path in work.iterdir():
-        with open(path, "r+b") as file:
-            os.fsync(file.fileno())  # the folder must not appear before its content is on disk
+        sync(path)  # the folder must not appear before its content is on disk
     try:
         os.rename(work, target)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What the scripts share: options, errors of one line, signals."""
+"""What the scripts share: options, errors of one line, signals, files that survive a crash."""
 
 import argparse
 import dataclasses
@@ -87,6 +87,12 @@ def add_fields(
                 text += f" (default: {field.default}{own})"
             group.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **how)
     return parser
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Bring a file to the disk."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
 
 
 class Signals:

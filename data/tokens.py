@@ -39,7 +39,7 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
     if name.startswith("{"):
         return JsonTokenizer(name)
     if name.endswith(".json"):
-        return JsonTokenizer(Path(name).read_text(encoding="utf-8", errors="replace"), name)
+        return JsonTokenizer(definition(name), name)
     if name not in TOKENIZERS:
         known = f"choose from {', '.join(TOKENIZERS)}, or give the path of a tokenizer.json"
         raise ValueError(f"unknown tokenizer {name}: {nearest(name, TOKENIZERS, known)}")
@@ -58,6 +58,13 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
                       "folder") from error
 
 
+def definition(name: str) -> str:
+    """What `load_tokenizer` makes a tokenizer of: the text of a tokenizer.json, or its name."""
+    if name.startswith("{") or not name.endswith(".json"):
+        return name
+    return Path(name).read_text(encoding="utf-8", errors="replace").lstrip()
+
+
 def keep_tokenizer(tokenizer: tiktoken.Encoding, folder: Path) -> str:
     """What meta.json in `folder` says of a tokenizer: its name, or tokenizer.json, which is then
     copied there."""
@@ -72,10 +79,13 @@ def tokenizer_for_checkpoint(tokenizer: tiktoken.Encoding) -> str:
     return tokenizer.text if isinstance(tokenizer, JsonTokenizer) else tokenizer.name
 
 
-def check_tokenizer(folder: str, tokenizer: tiktoken.Encoding) -> None:
-    """Raises ValueError if prepared data are in other tokens than those of a model's tokenizer."""
-    name = load_meta(folder)["tokenizer"]
-    data = load_tokenizer(name)
+def check_tokenizer(folder: str, name: str) -> None:
+    """Raises ValueError if prepared data are in other tokens than those of a model's tokenizer,
+    which `load_tokenizer` knows by this name."""
+    name_of_data = load_meta(folder)["tokenizer"]
+    if definition(name_of_data) == definition(name):
+        return  # to load a large tokenizer takes seconds
+    data, tokenizer = load_tokenizer(name_of_data), load_tokenizer(name)
     if (data._mergeable_ranks == tokenizer._mergeable_ranks
             and data._special_tokens == tokenizer._special_tokens):  # fmt: skip
         return
@@ -83,8 +93,8 @@ def check_tokenizer(folder: str, tokenizer: tiktoken.Encoding) -> None:
     if tokenizer.name == TOKENIZER_FILE:  # the text of a file that has lost its path
         place = " (it is in the folder of the model's data)"
     raise ValueError(
-        f"{folder} is in tokens of {name} and the model in those of {tokenizer.name}: prepare that"
-        f" text with --tokenizer {tokenizer.name}{place}"
+        f"{folder} is in tokens of {name_of_data} and the model in those of {tokenizer.name}:"
+        f" prepare that text with --tokenizer {tokenizer.name}{place}"
     )
 
 

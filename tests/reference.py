@@ -6,6 +6,10 @@ import math
 
 import torch
 
+SMALL = dict(  # the shape of a small model
+    vocab_size=50, block_size=32, n_layer=2, n_embd=24, n_head=6, n_kv_head=2, head_dim=8, d_ff=24
+)
+
 
 def scramble(module, seed=0):
     """Random weights everywhere, knocks included, so that no identity hides a mistake."""

@@ -15,11 +15,7 @@ import torch
 
 from data.checkpoint import FORMAT, Saver, load_checkpoint, save_checkpoint, start_from
 from kha import Config, Transformer
-from tests.reference import scramble
-
-SMALL = dict(
-    vocab_size=50, block_size=32, n_layer=2, n_embd=24, n_head=6, n_kv_head=2, head_dim=8, d_ff=24
-)
+from tests.reference import SMALL, scramble
 
 
 def tiny_checkpoint(step):

@@ -7,10 +7,7 @@ import torch
 
 from data.figures import count_params, flops_per_token, memory_per_gpu, paper_flops
 from kha import CONFIGS, Config, Transformer
-
-SMALL = dict(
-    vocab_size=50, block_size=32, n_layer=2, n_embd=24, n_head=6, n_kv_head=2, head_dim=8, d_ff=24
-)
+from tests.reference import SMALL
 
 
 def build(name, **overrides):

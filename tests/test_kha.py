@@ -15,7 +15,6 @@ from data import loss as chunked
 from data.figures import count_params, flops_per_token, knock_movement, knocks_of
 from data.loss import chunked_loss
 from kha import (
-    CONFIGS,
     Config,
     Heads,
     Knock,
@@ -29,15 +28,7 @@ from tests import reference
 from tests.reference import scramble
 from tests.runs import ROOT
 
-SMALL = dict(
-    vocab_size=50, block_size=32, n_layer=2, n_embd=24, n_head=6, n_kv_head=2, head_dim=8, d_ff=24,
-    rope_base=500.0, norm_eps=1e-4,
-)  # fmt: skip
-
-
-def build(name, **overrides):
-    with torch.device("meta"):
-        return Transformer(Config(**{**CONFIGS[name], **overrides}))
+SMALL = dict(reference.SMALL, rope_base=500.0, norm_eps=1e-4)
 
 
 # --- knocks ---
