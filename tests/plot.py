@@ -57,7 +57,8 @@ def save(figure: plt.Figure, path: Path) -> Path:
 
 def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
     """All pictures of a study, in a folder of results. Without a pair there are none."""
-    if not any(findings.differences(*row) for row in findings.results):
+    rows = [row for row in findings.results if findings.differences(*row)]
+    if not rows:
         return []
     if name == "stability":
         return [draw_rates(findings, folder / "stability.svg")]
@@ -65,7 +66,9 @@ def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
         return [draw_gain(findings, folder / "tokens.svg")]
     if name == "time_to_loss":
         return [draw_times(findings, folder / "time_to_loss.svg")]
-    paths = [draw_differences(findings, folder / f"{name}.svg")]
+    paths = []
+    if len(rows) > 1:  # the table says as much as a picture of one row
+        paths.append(draw_differences(findings, folder / f"{name}.svg"))
     if name == "types":
         paths.append(draw_losses(findings, folder / "loss.svg"))
         matrices = {}
