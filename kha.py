@@ -90,12 +90,14 @@ class Knock(nn.Module):
         gate     2 x_i * sigmoid(x_i W^gate)                        Table 2: a higher loss
 
     No head reads another head's numbers. The heads interact because they share these D x D
-    matrices, where the gradients of all of them meet. At the start the knock returns x_i, bit for
-    bit: T, W^up, W^down are the identity, W^gate is zero, and 2 sigmoid(0) = 1 (section 3.3).
+    matrices, where all their gradients meet. At the start the knock returns x_i, bit for bit: T,
+    W^up and W^down are the identity, W^gate is zero, and 2 sigmoid(0) = 1 (section 3.3).
     """
 
     def __init__(self, kind: str, head_dim: int):
         super().__init__()
+        if kind not in KNOCKS:
+            raise ValueError(f"kind must be one of {', '.join(KNOCKS)}, not {kind!r}")
         self.kind, self.head_dim = kind, head_dim
         for name in KNOCKS[kind]:
             start = torch.zeros(head_dim, head_dim) if name == "gate" else torch.eye(head_dim)
@@ -104,7 +106,7 @@ class Knock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Every head of x (..., H, D) on its own: the same shape."""
         if self.kind == "linear":
-            return x @ self.t.to(x.dtype)  # in training Heads has T in its weight instead
+            return x @ self.t.to(x.dtype)  # Heads does not come here: T is in its weight
         if self.kind == "mlp":
             up, gate, down = self.up.to(x.dtype), self.gate.to(x.dtype), self.down.to(x.dtype)
             if can_fuse(x):
@@ -298,7 +300,7 @@ class Transformer(nn.Module):
         common = Common(position, rope, mask)
         x = self.embed(tokens).to(dtype=self.compute_dtype)  # (B, T, C)
         for i, block in enumerate(self.blocks):
-            if self.recompute and self.training:
+            if self.recompute and self.training and cache is None:
                 x = checkpoint(block, x, common, use_reentrant=False)
             else:
                 x = block(x, common, cache.layers[i] if cache is not None else None)
@@ -325,7 +327,7 @@ class Transformer(nn.Module):
 def attend_with_mask(q, k, v, mask: Tensor, scale: float | None) -> Tensor:
     """`attend` with a mask. Sampling has few queries and a long past: plain products are faster."""
     group = q.shape[2] // k.shape[2]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # k, v: (B, H_kv, S, D)
     q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, H_kv, H/H_kv * T, D): a group is one head
     scores = upcast(q @ k.mT) * (scale or q.shape[-1] ** -0.5)
     y = scores.masked_fill(~mask.repeat(group, 1), -math.inf).softmax(-1).to(v.dtype) @ v
@@ -351,7 +353,7 @@ class GTA(nn.Module):
         self.k_rope_norm = RMSNorm(D // 2, eps=eps)
 
     def forward(self, x: Tensor, common: Common, cache=None) -> Tensor:
-        q, state = self.wq(x), self.wv(x)  # (B, T, H, D): the heads, knocked
+        q, state = self.wq(x), self.wv(x)  # (B, T, H, D) and (B, T, H_kv, D), knocked
         q, q_rope = self.q_norm(q).chunk(2, dim=-1)  # (B, T, H, D/2)
         q = torch.cat((q, rotate(q_rope, common.rope)), dim=-1)  # (B, T, H, D)
         k_rope = self.k_rope_norm(self.wk_rope(x))  # (B, T, D/2)
@@ -439,8 +441,7 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
     knocks by the names of the projections. Raises ValueError if a module cannot be knocked.
 
     To load such a model: make the base model, call add_knocks as before, then load_state_dict.
-    LoRA on a knocked projection adds to what the knock returns: fold first, then merge.
-    """
+    LoRA on a knocked projection adds to what the knock returns: fold first, then merge."""
     if isinstance(model, Transformer):
         raise ValueError("ours have their knocks by Config: set knock_q, knock_k, knock_v")
     if kind not in ("linear", "mlp"):
@@ -457,8 +458,7 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
             raise ValueError(f"{name} has hooks, which would be lost: add knocks before them")
         start, stop, step = rows.indices(part.out_features)
         if step != 1 or start >= stop or head_dim < 1 or (stop - start) % head_dim:
-            raise ValueError(f"outputs {start}:{stop} of {name} do not divide into heads of"
-                             f" head_dim {head_dim}")
+            raise ValueError(f"outputs {start}:{stop} of {name} do not divide by {head_dim}")
         if any(a < stop and start < b for a, b in getattr(part, "rows", ())):
             raise ValueError(f"{name} knocks already")
     replaced, knocks = {}, {}
@@ -479,7 +479,7 @@ class FoldedGate(nn.Module):
     def __init__(self, head_dim: int, down: Tensor | None):
         super().__init__()
         self.kind, self.head_dim = "folded", head_dim
-        self.down = None if down is None else nn.Parameter(down)
+        self.down = None if down is None else nn.Parameter(down, down.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         up, gate = x.chunk(2, dim=-2)
@@ -495,12 +495,10 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
     that is not ours, `value` and `output` name the two nn.Linear, such as "v_proj" and "o_proj".
 
     Raises ValueError, with nothing changed, for an MLP knock on a projection with bias or on a part
-    of its outputs, and if no plain nn.Linear `output` is beside `value`."""
+    of its outputs, if no plain nn.Linear `output` is beside `value`, and for a shared weight."""
     if isinstance(model, Transformer):
         value, output = ("wv", "wo") if model.config.attention == "gqa" else (None, None)
-        c, places = model.config, ("knock_q", "knock_k", "knock_v")
-        gone = {place: "none" for place in places if getattr(c, place) == "linear"}
-        model.config = replace(c, **gone)
+    held = [id(x) for m in model.modules() for x in (*m._modules.values(), *m._parameters.values())]
     todo = []
     for name, part in model.named_modules():
         if isinstance(part, Heads):
@@ -511,14 +509,19 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
             continue
         kinds, wo, (place, _, child) = {knock.kind for knock in knocks}, None, name.rpartition(".")
         if kinds & {"mlp", "gate"} and (bias is not None or rows != [(0, len(part.weight))]):
-            raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias, or outputs that"
-                             " do not knock")
+            raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias or idle outputs")
         if kinds & {"mlp", "gate"} and child == value:
             wo = getattr(model.get_submodule(place), output or "", None)
             if type(wo) not in (nn.Linear, Linear):
                 raise ValueError(f"{name} has no neighbour {output}, a plain nn.Linear")
-        if kinds != {"folded"}:
+        if kinds - {"none", "folded"}:
             todo.append((name, part, knocks, rows, bias, wo))
+    for name, part, *_, wo in todo:
+        if any(held.count(id(x)) > 1 for m in (part, wo) if m for x in (m, m.weight)):
+            raise ValueError(f"{name} or its {output} is shared: give each layer its own copy")
+    if isinstance(model, Transformer):
+        gone = {name: "none" for name, value in vars(model.config).items() if value == "linear"}
+        model.config = replace(model.config, **gone)
     for name, part, knocks, rows, bias, wo in todo:
         gate = None
         for knock, (start, stop) in zip(knocks, rows, strict=True):
@@ -543,13 +546,12 @@ def fold_gate(weight: Tensor, knock: Knock, wo: nn.Module | None) -> tuple[Tenso
     """`fold` of one mlp or gate knock and its projection (H * D, n_in), W^down into `wo` if given:
     the projection's new weight (2 * H * D, n_in) and what remains of the knock."""
     up = absorb(weight, knock.up) if knock.kind == "mlp" else weight
-    weight = nn.Parameter(torch.cat((up, absorb(weight, knock.gate))))
-    down = knock.down.clone() if knock.kind == "mlp" else None
+    weight = nn.Parameter(torch.cat((up, absorb(weight, knock.gate))), weight.requires_grad)
+    down = knock.down if knock.kind == "mlp" else None
     if down is not None and wo is not None:
         heads = wo.weight.unflatten(1, (-1, knock.head_dim))  # (n_out, H, D): (W^O_h)^T
         wo.weight.copy_((heads @ down.mT).flatten(1))
-        down = None
-    return weight, FoldedGate(knock.head_dim, down)
+    return weight, FoldedGate(knock.head_dim, down if wo is None else None)
 
 
 def check_config(c: Config) -> None:
@@ -613,7 +615,7 @@ def is_hopper() -> bool:
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether `fused_mlp` takes heads x (..., D): bfloat16, H100 or newer, D of 16 to 128."""
+    """Whether `fused_mlp` takes heads x (..., D): bfloat16, such a GPU, D of 16 to 128."""
     fits = x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] in (16, 32, 64, 128)
     return fits and triton is not None and is_hopper()
 
@@ -675,9 +677,8 @@ if triton:
         return y
 
     @torch.library.triton_op("kha::fused_mlp_backward", mutates_args=())
-    def fused_mlp_backward(
-        x: Tensor, up: Tensor, gate: Tensor, down: Tensor, dy: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def fused_mlp_backward(x: Tensor, up: Tensor, gate: Tensor, down: Tensor,
+                           dy: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of `fused_mlp`: by x, and by up, gate and down, one tensor (3, D, D)."""
         x, dy, D = x.contiguous(), dy.contiguous(), x.shape[-1]
         # The fastest on an H100: rows, warps, programs on a processor, stages of loading.
@@ -696,5 +697,4 @@ if triton:
         return dx, *dw
 
     fused_mlp.register_autograd(
-        mlp_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
-    )
+        mlp_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

@@ -215,6 +215,42 @@ def test_a_fused_projection_folds_linear_knocks_only(bias, rows):
     torch.testing.assert_close(linear(x), knocked)
 
 
+@pytest.mark.parametrize("what", ["module", "weight", "output"])
+def test_what_layers_share_is_not_folded(what):
+    """Folded twice, or in one of its places only, it would compute something else."""
+    model = theirs("Llama")
+    first, second = (layer.self_attn for layer in model.model.layers)
+    if what == "module":
+        second.v_proj = first.v_proj
+    elif what == "output":
+        second.o_proj = first.o_proj
+    add_knocks(model, "mlp", "*.v_proj", 8)
+    if what == "weight":
+        second.v_proj.weight = first.v_proj.weight
+    scramble(model)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match="is shared: give each layer its own copy"):
+        fold(model, "v_proj", "o_proj")
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_layer_that_is_used_twice_as_a_whole_folds():
+    model, tokens = theirs("Llama"), random_tokens(2, 9)
+    model.model.layers[1] = model.model.layers[0]
+    model.config.use_cache = False  # both would write to one place in it
+    add_knocks(model, "mlp", "*.v_proj", 8)
+    knocked = logits(scramble(model), tokens)
+    fold(model, "v_proj", "o_proj")
+    assert relative_error(logits(model, tokens), knocked) < 1e-5
+
+
+def test_what_is_frozen_stays_frozen_when_folded():
+    model = theirs("Llama")
+    add_knocks(model, "mlp", "*.[qv]_proj", 8)
+    fold(model.requires_grad_(False), "v_proj", "o_proj")
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_a_copy_of_a_model_with_added_knocks_is_its_own(kind):
     model, tokens = theirs(attention_bias=True), random_tokens(2, 9)
