@@ -563,9 +563,9 @@ def check_config(c: Config) -> None:
         allowed = choices.get(field.name, (value,))
         if value not in allowed:
             raise ValueError(f"{field.name} must be one of {', '.join(allowed)}, not {value!r}")
-        zero = value == 0 and field.name in ("n_expert", "top_k", "kv_rank", "q_rank")
-        if field.type in (int, float) and not (0 < value < math.inf or zero):
-            raise ValueError(f"{field.name} must be positive, not {value}")
+        zero = field.name in ("n_expert", "top_k", "kv_rank", "q_rank")
+        if field.type in (int, float) and not (0 < value < math.inf or zero and value == 0):
+            raise ValueError(f"{field.name} must be {'>= 0' if zero else 'positive'}, not {value}")
     mla, knocks = c.attention == "mla", {c.knock_q, c.knock_k, c.knock_v}
     for wrong, message in [
         (c.n_head % c.n_kv_head, "n_head must be a multiple of n_kv_head"),

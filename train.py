@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import checkpoint as files
 from data.figures import advice_on_memory, knock_movement
 from data.hf import start_from_hf
-from data.log import Log
+from data.log import Log, has_updates
 from data.loss import chunked_loss
 from data.prepare import DEFAULT_DATA, find_data
 from data.processes import (
@@ -78,7 +78,7 @@ class TrainConfig:
     seed: int = 1  # of the starting weights and of the batches
     steps: int = 1000  # optimizer steps of the whole run
     batch_tokens: int = 32768  # tokens per optimizer step
-    micro_batch: int = 8  # sequences at a time in each process; the batch's rest is accumulated
+    micro_batch: int = 8  # sequences at a time in each process; several make a batch
     lr: float = 7.5e-4  # peak, after 5% warm-up; a cosine takes it to 10%
     weight_decay: float = 0.1  # of matrices, not of norms
     beta1: float = 0.9  # of AdamW
@@ -88,7 +88,7 @@ class TrainConfig:
     balance_rate: float = 1e-3  # its step
     eval_every: int = 250  # steps between evaluations
     eval_tokens: int = 262144  # of the held-out data
-    save_every: int = 250  # steps between checkpoints (two and the best stay); 0: only at a signal
+    save_every: int = 250  # steps between checkpoints (two and the best stay); 0: at a signal only
     sample_tokens: int = 200  # length of the sample at the end; 0 for none
     prompt: str = "def "  # of the sample
     parallel: str = "ddp"  # under torchrun: ddp, a model in each process, or fsdp, parts of one
@@ -98,10 +98,10 @@ class TrainConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            zero = value == 0 and field.name in MAY_BE_ZERO
-            if field.type in (int, float) and not (0 < value < math.inf or zero):
-                raise ValueError(f"{field.name} must be positive, not {value}")
+            value, zero = getattr(self, field.name), field.name in MAY_BE_ZERO
+            if field.type in (int, float) and not (0 < value < math.inf or zero and value == 0):
+                least = ">= 0" if zero else "positive"
+                raise ValueError(f"{field.name} must be {least}, not {value}")
         if max(self.beta1, self.beta2) >= 1:
             raise ValueError(f"beta1 and beta2 must be under 1, not {self.beta1} and {self.beta2}")
         for name, choices in (("balance", BALANCE_RULES), ("parallel", ("ddp", "fsdp"))):
@@ -141,11 +141,9 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     if not settings["out"]:
         raise ValueError("--out is empty: name a folder")
     saved = files.list_to_resume(settings["out"])
-    if saved and not resume:
-        raise ValueError(
-            f"{settings['out']} holds a run already: add --resume to go on with it, or choose"
-            " another --out"
-        )
+    if not resume and (saved or has_updates(settings["out"])):
+        raise ValueError(f"{settings['out']} holds a run already: add --resume to go on with it, or"
+                         " choose another --out")
     if saved:
         checkpoint = files.read_newest(saved)
         try:
@@ -430,7 +428,7 @@ def main(argv: list[str]) -> None:
                 val_loss = sum_over_processes(part).item()
                 val_bpb = bits_per_byte(val_loss, meta["val"])
                 log.evaluation(done, val_loss, val_bpb, knock_movement(model))
-            # Not after a skipped update: if the weights are at fault, older checkpoints must stay.
+            # After a skipped update only where the run ends: the weights may be at fault.
             if stopping or (saves and (finite or last)):
                 state = {**settings, "format": files.FORMAT, "step": done, "val_loss": val_loss}
                 state |= {"tokenizer": tokenizer_for_checkpoint(tokenizer)}

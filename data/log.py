@@ -211,6 +211,16 @@ class Log:
             raise OSError(f"{reason}: the checkpoints beside it stand") from error
 
 
+def has_updates(out: str) -> bool:
+    """Whether a run's folder has a log with more than its first line."""
+    try:
+        with open(os.path.join(out, "log.jsonl"), "rb") as file:
+            file.readline()
+            return bool(file.readline())
+    except FileNotFoundError:
+        return False
+
+
 class Progress:
     """A bar on a terminal; where there is none, a plain line of output every SECONDS_A_LINE."""
 

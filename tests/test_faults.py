@@ -185,6 +185,20 @@ def test_a_run_of_which_only_the_best_is_left_goes_on_from_it(whole, halves, dat
     assert equal_weights(weights_of(halves), weights_of(whole))
 
 
+def test_a_log_alone_is_a_run_too(data, tmp_path):
+    """Of a run without checkpoints it is all there is. A log without updates is nobody's loss."""
+    args = [*SHORT, "--data", str(data), "--out", str(tmp_path / "run"), "--save_every", "0"]
+    main([*args, "--steps", "3"])
+    before = contents(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run already"):
+        main([*args, "--steps", "3"])
+    assert contents(tmp_path / "run") == before
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_bytes(before[log].splitlines(keepends=True)[0])
+    main([*args, "--steps", "2"])
+    assert len(log_of(tmp_path / "run")[0]) == 2
+
+
 def test_with_all_checkpoints_damaged_nothing_is_touched(halves):
     for path in halves.glob("*.pt"):
         path.write_bytes(cut(path.read_bytes()))

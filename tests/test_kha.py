@@ -318,6 +318,8 @@ def test_cached_mixture_of_experts_gives_the_logits_of_the_whole():
     model = scramble(Transformer(Config(**SMALL, n_expert=4, top_k=2), recompute=True)).eval()
     tokens = torch.randint(50, (3, 20))
     assert error(in_pieces(model, tokens, [12] + [1] * 8), model(tokens)) < 1e-4
+    model.train()
+    assert error(in_pieces(model, tokens, [12] + [1] * 8), model(tokens)) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -451,6 +453,7 @@ def test_what_a_fold_leaves():
         (dict(attention="gpa"), "attention must be one of gqa, gta, mla"),
         (dict(kv_rank=16), "belong to mla"),
         (dict(n_layer=0), "n_layer must be positive"),
+        (dict(n_expert=-1), "n_expert must be >= 0"),
         (dict(n_expert=4, top_k=5), "top_k must be in 1..n_expert"),
         (dict(n_expert=4, top_k=2, d_ff=20), "multiples of 8"),
         (dict(n_expert=4), "top_k must be in 1..n_expert"),
@@ -460,6 +463,11 @@ def test_shapes_that_cannot_be_are_refused_in_one_line(bad, message):
     with pytest.raises(ValueError, match=message) as error:
         Config(**{**SMALL, **bad})
     assert "\n" not in str(error.value)
+
+
+def test_a_knock_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="kind must be one of none, linear, mlp, gate, not 'foo'"):
+        Knock("foo", 8)
 
 
 def test_kha_and_moe_copied_alone_are_enough(tmp_path):

@@ -386,6 +386,7 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
         ("--steps 0", "steps must be positive"),
         ("--lr nan", "lr must be positive"),
         ("--lr inf", "lr must be positive"),
+        ("--weight_decay=-1", "weight_decay must be >= 0"),
         ("--norm_eps nan", "norm_eps must be positive"),
         ("--beta2 1", "beta1 and beta2 must be under 1, not 0.9 and 1.0"),
         ("--out EMPTY", "--out is empty"),
