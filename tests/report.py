@@ -330,12 +330,19 @@ TIMES = (
 )
 
 
+def version(run: dict) -> str:
+    """The code of a run: its commit, or where there was no git a hash."""
+    if run["commit"] is None:
+        return f"source {run['source_sha256'][:7]}"
+    return f"commit {run['commit'][:7]}" + " with changes" * run["dirty"]
+
+
 def caption(findings: Findings, explains: str) -> str:
     """What the numbers of a table are, and what its runs have in common."""
     runs = [run for by_seed in findings.results.values() for run in by_seed.values()]
     train, held_out = (f"{size / 1e6:.1f}M" for size in runs[0]["data_bytes"])
     tokens = sorted({run["tokens"] for run in runs if run["val_loss"] is not None})
-    machines = sorted({f"{run['gpu']}, torch {run['torch']}" for run in runs})
+    machines = sorted({f"{run['gpu']}, torch {run['torch']}, {version(run)}" for run in runs})
     unit = "byte" if findings.study.tokenizer == "byte" else "token"
     return (
         f"Losses in nats per {unit}, over {runs[0]['eval_tokens'] / 1e6:.1f}M {unit}s."
