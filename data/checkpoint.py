@@ -197,6 +197,22 @@ def list_to_resume(folder: str) -> list[str]:
     return list_checkpoints(folder) + [best] * os.path.isfile(best)
 
 
+def check_none_newer(folder: str, step: int) -> None:
+    """Raises ValueError if a run's folder holds a whole checkpoint after `step` (0 for a new run).
+    Then another run has saved it since this one looked for checkpoints."""
+    for path in list_to_resume(folder):
+        if step and os.path.basename(path) <= f"step-{step:08d}.pt":
+            return  # so are those that follow, and what best.pt holds
+        try:
+            read_checkpoint(path)
+        except ValueError:
+            continue  # read_newest has passed over it and said so
+        raise ValueError(
+            f"another run has saved {path} while this one started: go on from it with --resume, or"
+            " choose another --out"
+        )
+
+
 def read_newest(paths: list[str]) -> dict:
     """The first checkpoint of paths, newest first, that is whole; says so if it is an older one."""
     for path in paths[:-1]:
