@@ -108,12 +108,8 @@ class JsonTokenizer(tiktoken.Encoding):
             added = place_added(content.get("added_tokens", ()), model["vocab"])
             ranks = {unspell(token): i for token, i in model["vocab"].items() if token not in added}
             check_tokens(model, ranks, added)
+            check_pattern(pattern)
             super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
-            numbers = [*range(0xD800), *range(0xE000, 0x110000)]  # between them are surrogates
-            characters = "".join(map(chr, numbers))
-            ids = self.encode(characters, disallowed_special=())
-            if self.decode(ids) != self.normalize(characters):
-                raise ValueError("a pattern that leaves characters out")
         except (
             json.JSONDecodeError, RecursionError, LookupError, TypeError, AttributeError,
             OverflowError,
@@ -148,6 +144,21 @@ def read_pattern(cut: dict, merges: bool) -> str:
         if how in keeps and not cuts and pattern and not POSSESSIVE.search(pattern):
             return f"(?m){pattern}"  # ^ and $ are of lines there
     raise ValueError(f"the pre_tokenizer {json.dumps(cut)[:200]}")
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises ValueError for a pattern that leaves characters out, or that makes empty pieces, at
+    which tiktoken panics."""
+    empty = 256  # here an empty piece has a token, and the others are those of the bytes
+    ranks = {b"": empty} | {bytes([byte]): byte for byte in range(256)}
+    tokenizer = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    numbers = [*range(0xD800), *range(0xE000, 0x110000)]  # between them are surrogates
+    characters = "".join(map(chr, numbers))
+    ids = tokenizer.encode_ordinary(characters)
+    if empty in ids:
+        raise ValueError("a pattern that makes empty pieces")
+    if bytes(ids) != characters.encode():
+        raise ValueError("a pattern that leaves characters out")
 
 
 def check_kind(content: dict) -> None:
