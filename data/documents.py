@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-PIECE = 1 << 20  # bytes of text read, tokenised and held per worker at a time
+# Bytes of text read, tokenised and held per worker at a time. tiktoken fails at a million spaces.
+PIECE = 1 << 19
 
 # ---- sources: what the inputs on the command line stand for
 
@@ -209,7 +210,13 @@ def read_parquet(path: Path, field: str) -> Iterator[tuple[int, dict]]:
 
 # ---- documents
 
-Document = tuple[int, Iterable[bytes]]  # a text's hash, and the text in UTF-8, piece by piece
+
+class Document(NamedTuple):
+    """A text."""
+
+    name: str  # for messages: a file or FILE:ROW
+    digest: int  # see content_hash
+    pieces: Iterable[bytes]  # the text in UTF-8
 
 
 @dataclass
@@ -256,7 +263,7 @@ def read_text(source: Source, left_out: LeftOut) -> Iterator[Document]:
         left_out.skipped_files += 1
         return
     with open_file(source.path) as file:
-        yield digest, read_pieces(file)
+        yield Document(source.name, digest, read_pieces(file))
 
 
 def check_text(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -276,13 +283,13 @@ def read_rows(source: Source, field: str, left_out: LeftOut) -> Iterator[Documen
         return
     for number, row in chain(first, rows):
         left_out.rows += 1
-        text = row_text(row, field)
+        name, text = f"{source.name}:{number}", row_text(row, field)
         if text is not None:
-            yield content_hash([text]), read_pieces(io.BytesIO(text))
+            yield Document(name, content_hash([text]), read_pieces(io.BytesIO(text)))
             continue
         left_out.skipped_rows += 1
         if left_out.skipped_rows <= 3:
-            left_out.examples += (f"{source.name}:{number}: {row!r:.80}",)
+            left_out.examples += (f"{name}: {row!r:.80}",)
         left_out.check_rows(field, at_least=1000)  # not after hours; ten may come first
 
 
@@ -296,8 +303,8 @@ def row_text(row: Any, field: str) -> bytes | None:
 
 
 def drop_duplicates(documents: Iterable[Document], digests: array,
-                    left_out: LeftOut) -> Iterator[Iterable[bytes]]:
-    """The texts of documents that are not empty and not seen before; appends their hashes.
+                    left_out: LeftOut) -> Iterator[Document]:
+    """The documents that are not empty and not seen before; appends their hashes.
 
     SQLite looks the hashes up: what exceeds its cache is on the disk.
     """
@@ -307,10 +314,10 @@ def drop_duplicates(documents: Iterable[Document], digests: array,
             table.execute("PRAGMA cache_size = -65536")  # KiB
             table.execute("CREATE TABLE seen (digest INTEGER PRIMARY KEY)")  # from -2**63 on
             table.execute(insert, [content_hash([]) - 2**63])
-            for digest, text in documents:
-                if table.execute(insert, [digest - 2**63]).rowcount:
-                    digests.append(digest)
-                    yield text
+            for document in documents:
+                if table.execute(insert, [document.digest - 2**63]).rowcount:
+                    digests.append(document.digest)
+                    yield document
                 else:
                     left_out.dropped_documents += 1
     except sqlite3.OperationalError as error:

@@ -27,7 +27,7 @@ import tiktoken
 
 from data import documents
 from data import prepare as module
-from data.documents import LeftOut, drop_duplicates, find_sources
+from data.documents import Document, LeftOut, drop_duplicates, find_sources
 from data.prepare import map_threads, prepare
 from data.split import SEQUENCE, find_cut, hold_out
 from data.tokens import (
@@ -711,7 +711,7 @@ def test_a_data_set_that_cannot_be_read(tmp_path, monkeypatch, spec, message):
 
 def test_duplicates_are_found_without_a_set_in_memory():
     digests, left_out = array("Q"), LeftOut()
-    texts = ((i % 2**16 * 2**47, [b"text"]) for i in range(2**17))
+    texts = (Document("a", i % 2**16 * 2**47, [b"text"]) for i in range(2**17))
     tracemalloc.start()
     assert sum(1 for _ in drop_duplicates(texts, digests, left_out)) == 2**16
     assert tracemalloc.get_traced_memory()[1] < 20 * 2**16
