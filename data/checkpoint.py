@@ -204,13 +204,14 @@ def check_none_newer(folder: str, step: int) -> None:
         if step and os.path.basename(path) <= f"step-{step:08d}.pt":
             return  # so are those that follow, and what best.pt holds
         try:
-            read_checkpoint(path)
+            newer = read_checkpoint(path)["step"] > step  # the user may have renamed an older one
         except ValueError:
-            continue  # read_newest has passed over it and said so
-        raise ValueError(
-            f"another run has saved {path} while this one started: go on from it with --resume, or"
-            " choose another --out"
-        )
+            newer = False  # read_newest has passed over it and said so
+        if newer:
+            raise ValueError(
+                f"another run has saved {path} while this one started: go on from it with --resume,"
+                " or choose another --out"
+            )
 
 
 def read_newest(paths: list[str]) -> dict:

@@ -174,6 +174,12 @@ def test_a_resumed_run_does_not_replace_one_that_was_faster(whole, halves, data,
     assert then and contents(halves) == then
 
 
+def test_a_run_goes_on_from_a_checkpoint_that_the_user_has_renamed(halves, data, capsys):
+    (halves / "step-00000020.pt").rename(halves / "step-00000030.pt")
+    main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
+    assert "going on after step 20" in capsys.readouterr().out
+
+
 # --- damage ---
 
 
