@@ -46,8 +46,13 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     parts = {"model": sharded.get_model_state_dict(model, options=options)}
     if optimizer.state:  # before its first update the call below would make one up
         parts["optimizer"] = sharded.get_optimizer_state_dict(model, optimizer, options=options)
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return clone(parts) if on_cpu else parts  # the next update must not change what is being saved
+    # The next update must not change what is being saved.
+    return clone(parts) if is_on_cpu(model) else parts
+
+
+def is_on_cpu(model: nn.Module) -> bool:
+    """Whether the parameters are in the memory of the CPU."""
+    return next(model.parameters()).device.type == "cpu"
 
 
 def clone(tree):
@@ -70,7 +75,10 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
     if "optimizer" not in checkpoint:
         return
     settings = [dict(group, params=None) for group in optimizer.param_groups]
-    sharded.set_optimizer_state_dict(model, optimizer, checkpoint["optimizer"], options=options)
+    state = checkpoint["optimizer"]
+    if is_on_cpu(model):  # torch would keep these tensors, and with them the file they are in
+        state = clone(state)
+    sharded.set_optimizer_state_dict(model, optimizer, state, options=options)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update({key: value for key, value in own.items() if key != "params"})
 

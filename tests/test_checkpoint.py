@@ -13,9 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.checkpoint import FORMAT, Saver, load_checkpoint, save_checkpoint, start_from
+from data.checkpoint import (
+    FORMAT,
+    Saver,
+    clone,
+    collect,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+    start_from,
+)
 from kha import Config, Transformer
 from tests.reference import SMALL, scramble
+from tests.runs import equal_weights
 
 
 def tiny_checkpoint(step):
@@ -151,6 +161,26 @@ def test_a_best_checkpoint_without_a_loss_gives_way(tmp_path):
     with Saver(tmp_path, start=1) as saver:
         saver.save({**tiny_checkpoint(2)[1], "val_loss": 3.0})
     assert load_checkpoint(tmp_path / "best.pt")[1]["step"] == 2
+
+
+def test_what_goes_on_does_not_stay_in_the_file(tmp_path):
+    """read_checkpoint maps the file into memory: a run that kept a part of it would keep the whole
+    file on the disk after it was removed."""
+    model = Transformer(Config(**SMALL))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    wanted = clone({"step": 1, **collect(model, optimizer)})
+    checkpoint = clone(wanted)
+    restore(model, optimizer, checkpoint)
+    for part in (checkpoint["model"], *checkpoint["optimizer"]["state"].values()):
+        for tensor in part.values():
+            tensor.fill_(7)
+    after = collect(model, optimizer)
+    assert equal_weights(after["model"], wanted["model"])
+    for name, state in wanted["optimizer"]["state"].items():
+        assert equal_weights(after["optimizer"]["state"][name], state)
 
 
 def test_another_format_is_named(tmp_path):
