@@ -153,14 +153,25 @@ def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
             f"cannot save to {folder} ({reason}): the earlier checkpoints there stand"
         ) from error
     os.replace(temporary, os.path.join(folder, name))
-    if os.name == "posix":  # bring the new name to the disk before an old file goes
-        entries = os.open(folder, os.O_RDONLY)
-        os.fsync(entries)
-        os.close(entries)
+    sync_names(folder)  # before an old file goes
     saved = list_checkpoints(folder)
     last_two = [path for path in saved if os.path.basename(path) <= name][:2]
     for path in set(saved) - set(last_two):
         os.remove(path)
+
+
+def sync_names(folder: str) -> None:
+    """Bring the names of the files in a folder to the disk, where the system can do that."""
+    if os.name != "posix":
+        return
+    entries = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(entries)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # so some network disks answer for every folder
+            raise
+    finally:
+        os.close(entries)
 
 
 def keep_as_best(path: str, second: str) -> None:

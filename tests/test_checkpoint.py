@@ -5,6 +5,7 @@ import errno
 import os
 import resource
 import shutil
+import stat
 import struct
 import time
 import zipfile
@@ -98,6 +99,27 @@ def test_on_a_disk_without_second_names_the_best_is_a_whole_copy(tmp_path, monke
         save_checkpoint(tmp_path, tiny_checkpoint(2)[1], best=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "step-00000001.pt"]
     assert (tmp_path / "best.pt").read_bytes() == before
+
+
+def test_a_disk_that_cannot_sync_folders_takes_checkpoints(tmp_path, monkeypatch):
+    """Some network disks call that an invalid argument. Any other error ends the run."""
+    fsync, number = os.fsync, errno.EINVAL
+
+    def fail(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, tiny_checkpoint(step)[1])
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["step-00000002.pt", "step-00000003.pt"]
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        save_checkpoint(tmp_path, tiny_checkpoint(4)[1])
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["step-00000002.pt", "step-00000003.pt", "step-00000004.pt"]
 
 
 def test_an_error_elsewhere_waits_for_the_checkpoint(tmp_path, monkeypatch):
