@@ -33,7 +33,7 @@ class Source(NamedTuple):
 
     name: str  # for messages
     path: Path | None
-    rows: Iterable[tuple[int, Any]] | None  # each row is a dict, or a line of JSON
+    rows: Iterable[tuple[int, Any]] | None  # each is a dict, a line of JSON, or else a bad row
     found: bool = False  # in a folder, so it may turn out to hold no text
 
 
@@ -185,14 +185,25 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows after the first, which names the fields, each with the number of its last line."""
+def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str] | csv.Error]]:
+    """The rows after the first, which names the fields, each with the number of its last line. In
+    place of a row with a wrong quote, the error. Raises csv.Error for a quote that never closes."""
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than many a text
     # surrogateescape: bytes that are not UTF-8 make their own row a bad one, and no other
     with io.TextIOWrapper(open_file(path), "utf-8-sig", "surrogateescape", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            yield reader.line_num, row
+        reader = csv.DictReader(file, strict=True)  # else a wrong quote would change the text
+        n_error = 0
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                if str(error) == "unexpected end of data":  # it may have taken many rows along
+                    raise
+                row = error
+                n_error += 1  # line_num does not count the line of an error
+            if row is None:
+                return
+            yield reader.line_num + n_error, row
 
 
 def read_parquet(path: Path, field: str) -> Iterator[tuple[int, dict]]:
@@ -294,10 +305,11 @@ def read_rows(source: Source, field: str, left_out: LeftOut) -> Iterator[Documen
 
 
 def row_text(row: Any, field: str) -> bytes | None:
-    """The UTF-8 text in the `field` of a row, a dict or a line of JSON; None if there is none."""
+    """The UTF-8 text in the `field` of a row; None if it has none."""
     try:
         row = json.loads(row) if isinstance(row, bytes) else row
-        return row[field].encode() if isinstance(row, dict) else None
+        # None: fields of CSV that the first row does not name, as after a comma without quotes
+        return row[field].encode() if isinstance(row, dict) and None not in row else None
     except (ValueError, RecursionError, KeyError, AttributeError):
         return None
 
