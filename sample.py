@@ -27,7 +27,14 @@ from tqdm import tqdm
 from data.checkpoint import load_checkpoint
 from data.hf import export_hf
 from data.script import parse_args, run_script
-from data.tokens import check_tokenizer, load_meta, load_tokenizer, open_tokens, sequences
+from data.tokens import (
+    check_tokenizer,
+    load_meta,
+    load_tokenizer,
+    open_tokens,
+    sequences,
+    verify_tokens,
+)
 from kha import Common, Transformer, fold
 
 
@@ -361,8 +368,9 @@ def bits_per_byte(loss: float, counts: dict) -> float:
 
 
 def measure(model: Transformer, tokenizer: str, folder: str, device: str) -> None:
-    """Print a model's held-out loss on prepared data. Raises ValueError if the data are in other
-    tokens than the model's, or too few."""
+    """Print a model's held-out loss on prepared data. Raises ValueError if the data have changed,
+    are in other tokens than the model's, or too few."""
+    verify_tokens(folder)
     meta, tokens = load_meta(folder), open_tokens(folder, "val")
     check_tokenizer(folder, tokenizer)
     length = min(model.config.block_size, len(tokens) - 1)

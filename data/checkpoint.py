@@ -46,8 +46,13 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     parts = {"model": sharded.get_model_state_dict(model, options=options)}
     if optimizer.state:  # before its first update the call below would make one up
         parts["optimizer"] = sharded.get_optimizer_state_dict(model, optimizer, options=options)
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return clone(parts) if on_cpu else parts  # the next update must not change what is being saved
+    # The next update must not change what is being saved.
+    return clone(parts) if is_on_cpu(model) else parts
+
+
+def is_on_cpu(model: nn.Module) -> bool:
+    """Whether the parameters are in the memory of the CPU."""
+    return next(model.parameters()).device.type == "cpu"
 
 
 def clone(tree):
@@ -70,7 +75,10 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
     if "optimizer" not in checkpoint:
         return
     settings = [dict(group, params=None) for group in optimizer.param_groups]
-    sharded.set_optimizer_state_dict(model, optimizer, checkpoint["optimizer"], options=options)
+    state = checkpoint["optimizer"]
+    if is_on_cpu(model):  # torch would keep these tensors, and with them the file they are in
+        state = clone(state)
+    sharded.set_optimizer_state_dict(model, optimizer, state, options=options)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update({key: value for key, value in own.items() if key != "params"})
 
@@ -145,14 +153,25 @@ def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
             f"cannot save to {folder} ({reason}): the earlier checkpoints there stand"
         ) from error
     os.replace(temporary, os.path.join(folder, name))
-    if os.name == "posix":  # bring the new name to the disk before an old file goes
-        entries = os.open(folder, os.O_RDONLY)
-        os.fsync(entries)
-        os.close(entries)
+    sync_names(folder)  # before an old file goes
     saved = list_checkpoints(folder)
     last_two = [path for path in saved if os.path.basename(path) <= name][:2]
     for path in set(saved) - set(last_two):
         os.remove(path)
+
+
+def sync_names(folder: str) -> None:
+    """Bring the names of the files in a folder to the disk, where the system can do that."""
+    if os.name != "posix":
+        return
+    entries = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(entries)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # so some network disks answer for every folder
+            raise
+    finally:
+        os.close(entries)
 
 
 def keep_as_best(path: str, second: str) -> None:
@@ -195,6 +214,23 @@ def list_to_resume(folder: str) -> list[str]:
     """The checkpoints from which a run can go on: the newest first, best.pt after all others."""
     best = os.path.join(folder, "best.pt")
     return list_checkpoints(folder) + [best] * os.path.isfile(best)
+
+
+def check_none_newer(folder: str, step: int) -> None:
+    """Raises ValueError if a run's folder holds a whole checkpoint after `step` (0 for a new run).
+    Then another run has saved it since this one looked for checkpoints."""
+    for path in list_to_resume(folder):
+        if step and os.path.basename(path) <= f"step-{step:08d}.pt":
+            return  # so are those that follow, and what best.pt holds
+        try:
+            newer = read_checkpoint(path)["step"] > step  # the user may have renamed an older one
+        except ValueError:
+            newer = False  # read_newest has passed over it and said so
+        if newer:
+            raise ValueError(
+                f"another run has saved {path} while this one started: go on from it with --resume,"
+                " or choose another --out"
+            )
 
 
 def read_newest(paths: list[str]) -> dict:

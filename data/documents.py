@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-PIECE = 1 << 20  # bytes of text read, tokenised and held per worker at a time
+# Bytes of text read, tokenised and held per worker at a time. tiktoken fails at a million spaces.
+PIECE = 1 << 19
 
 # ---- sources: what the inputs on the command line stand for
 
@@ -32,7 +33,7 @@ class Source(NamedTuple):
 
     name: str  # for messages
     path: Path | None
-    rows: Iterable[tuple[int, Any]] | None  # each row is a dict, or a line of JSON
+    rows: Iterable[tuple[int, Any]] | None  # each is a dict, a line of JSON, or else a bad row
     found: bool = False  # in a folder, so it may turn out to hold no text
 
 
@@ -184,14 +185,25 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows after the first, which names the fields, each with the number of its last line."""
+def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str] | csv.Error]]:
+    """The rows after the first, which names the fields, each with the number of its last line. In
+    place of a row with a wrong quote, the error. Raises csv.Error for a quote that never closes."""
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than many a text
     # surrogateescape: bytes that are not UTF-8 make their own row a bad one, and no other
     with io.TextIOWrapper(open_file(path), "utf-8-sig", "surrogateescape", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            yield reader.line_num, row
+        reader = csv.DictReader(file, strict=True)  # else a wrong quote would change the text
+        n_error = 0
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                if str(error) == "unexpected end of data":  # it may have taken many rows along
+                    raise
+                row = error
+                n_error += 1  # line_num does not count the line of an error
+            if row is None:
+                return
+            yield reader.line_num + n_error, row
 
 
 def read_parquet(path: Path, field: str) -> Iterator[tuple[int, dict]]:
@@ -209,7 +221,13 @@ def read_parquet(path: Path, field: str) -> Iterator[tuple[int, dict]]:
 
 # ---- documents
 
-Document = tuple[int, Iterable[bytes]]  # a text's hash, and the text in UTF-8, piece by piece
+
+class Document(NamedTuple):
+    """A text."""
+
+    name: str  # for messages: a file or FILE:ROW
+    digest: int  # see content_hash
+    pieces: Iterable[bytes]  # the text in UTF-8
 
 
 @dataclass
@@ -256,7 +274,7 @@ def read_text(source: Source, left_out: LeftOut) -> Iterator[Document]:
         left_out.skipped_files += 1
         return
     with open_file(source.path) as file:
-        yield digest, read_pieces(file)
+        yield Document(source.name, digest, read_pieces(file))
 
 
 def check_text(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -276,28 +294,29 @@ def read_rows(source: Source, field: str, left_out: LeftOut) -> Iterator[Documen
         return
     for number, row in chain(first, rows):
         left_out.rows += 1
-        text = row_text(row, field)
+        name, text = f"{source.name}:{number}", row_text(row, field)
         if text is not None:
-            yield content_hash([text]), read_pieces(io.BytesIO(text))
+            yield Document(name, content_hash([text]), read_pieces(io.BytesIO(text)))
             continue
         left_out.skipped_rows += 1
         if left_out.skipped_rows <= 3:
-            left_out.examples += (f"{source.name}:{number}: {row!r:.80}",)
+            left_out.examples += (f"{name}: {row!r:.80}",)
         left_out.check_rows(field, at_least=1000)  # not after hours; ten may come first
 
 
 def row_text(row: Any, field: str) -> bytes | None:
-    """The UTF-8 text in the `field` of a row, a dict or a line of JSON; None if there is none."""
+    """The UTF-8 text in the `field` of a row; None if it has none."""
     try:
         row = json.loads(row) if isinstance(row, bytes) else row
-        return row[field].encode() if isinstance(row, dict) else None
+        # None: fields of CSV that the first row does not name, as after a comma without quotes
+        return row[field].encode() if isinstance(row, dict) and None not in row else None
     except (ValueError, RecursionError, KeyError, AttributeError):
         return None
 
 
 def drop_duplicates(documents: Iterable[Document], digests: array,
-                    left_out: LeftOut) -> Iterator[Iterable[bytes]]:
-    """The texts of documents that are not empty and not seen before; appends their hashes.
+                    left_out: LeftOut) -> Iterator[Document]:
+    """The documents that are not empty and not seen before; appends their hashes.
 
     SQLite looks the hashes up: what exceeds its cache is on the disk.
     """
@@ -307,10 +326,10 @@ def drop_duplicates(documents: Iterable[Document], digests: array,
             table.execute("PRAGMA cache_size = -65536")  # KiB
             table.execute("CREATE TABLE seen (digest INTEGER PRIMARY KEY)")  # from -2**63 on
             table.execute(insert, [content_hash([]) - 2**63])
-            for digest, text in documents:
-                if table.execute(insert, [digest - 2**63]).rowcount:
-                    digests.append(digest)
-                    yield text
+            for document in documents:
+                if table.execute(insert, [document.digest - 2**63]).rowcount:
+                    digests.append(document.digest)
+                    yield document
                 else:
                     left_out.dropped_documents += 1
     except sqlite3.OperationalError as error:

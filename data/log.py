@@ -26,7 +26,7 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
-from data.checkpoint import list_checkpoints
+from data.checkpoint import check_none_newer, list_checkpoints
 from data.figures import PEAK_FLOPS, count_params, flops_per_token, of_gpu
 from kha import Transformer
 
@@ -52,8 +52,8 @@ class Log:
     def __init__(self, out: str, last_step: int, writes: bool = True):
         """Go on after `last_step`: cut off what an earlier try wrote behind it, read the counts.
 
-        Raises ValueError if a log is there that does not reach `last_step`, or if another run is
-        writing it.
+        Raises ValueError if a log is there that does not reach `last_step`, if another run is
+        writing it, or if one has saved a checkpoint after `last_step`.
         """
         path = os.path.join(out, "log.jsonl")
         self.losses = deque(maxlen=100)
@@ -74,6 +74,7 @@ class Log:
                 ) from None
             except OSError:
                 pass  # a file system without locks
+        check_none_newer(out, last_step)
         self.file.truncate(kept)
 
     def read(self, path: str, last_step: int) -> int:

@@ -44,7 +44,14 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from data.documents import PIECE, LeftOut, drop_duplicates, find_sources, read_documents
+from data.documents import (
+    PIECE,
+    Document,
+    LeftOut,
+    drop_duplicates,
+    find_sources,
+    read_documents,
+)
 from data.script import parse_args, run_script, sync
 from data.split import SEQUENCE, split_tokens
 from data.tokens import (
@@ -59,18 +66,21 @@ from data.tokens import (
 DEFAULT_DATA = "data/stdlib"
 
 
-def make_batches(texts: Iterable[Iterable[bytes]], bar: tqdm) -> Iterator[list[bytes | None]]:
-    """The pieces of all texts in batches of about PIECE bytes; None marks the end of a text."""
+Batch = list[tuple[str, bytes | None]]  # names of texts and pieces of them; None ends a text
+
+
+def make_batches(documents: Iterable[Document], bar: tqdm) -> Iterator[Batch]:
+    """The pieces of all documents in batches of about PIECE bytes."""
     batch, size = [], 0
-    for pieces in texts:
-        for piece in pieces:
+    for document in documents:
+        for piece in document.pieces:
             bar.update(len(piece))
-            batch.append(piece)
+            batch.append((document.name, piece))
             size += len(piece)
             if size >= PIECE:
                 yield batch
                 batch, size = [], 0
-        batch.append(None)
+        batch.append((document.name, None))
     yield batch
 
 
@@ -89,29 +99,33 @@ def map_threads(function: Callable, items: Iterable, workers: int) -> Iterator:
             yield waiting.popleft().result()
 
 
-def encode(encoding: tiktoken.Encoding, batch: list[bytes | None]) -> np.ndarray:
-    """The token ids of a batch."""
+def encode(encoding: tiktoken.Encoding, batch: Batch) -> np.ndarray:
+    """The token ids of a batch. Raises ValueError, naming the text, if the tokenizer fails."""
     dtype = token_dtype(encoding)
     parts = [np.empty(0, dtype)]
-    for piece in batch:
+    for name, piece in batch:
         if piece is None:
-            ids = np.array([encoding.eot_token])
-        else:  # disallowed_special: text that spells a special token is ordinary text
+            parts.append(np.array([encoding.eot_token], dtype))
+            continue
+        try:  # disallowed_special: text that spells a special token is ordinary text
             ids = encoding.encode_to_numpy(piece.decode(), disallowed_special=())
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be tokenised ({error}): mend or omit it, or choose "
+                             "another --tokenizer") from error
         parts.append(ids.astype(dtype))
     return np.concatenate(parts)
 
 
-def write_tokens(path: Path, texts: Iterable[Iterable[bytes]], encoding: tiktoken.Encoding,
+def write_tokens(path: Path, documents: Iterable[Document], encoding: tiktoken.Encoding,
                  workers: int, total: int) -> np.ndarray:
-    """Write the tokens of all texts to the new file `path`; returns where each of them ends, (n,).
+    """Write the tokens of all documents to the new file `path`; returns where each ends, (n,).
 
-    The progress bar ends at `total` bytes.
+    The progress bar ends at `total` bytes. Raises what encode raises.
     """
     ends, n_written = [], 0
     bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)
     with open(path, "wb") as file, bar:
-        for ids in map_threads(partial(encode, encoding), make_batches(texts, bar), workers):
+        for ids in map_threads(partial(encode, encoding), make_batches(documents, bar), workers):
             file.write(ids)
             ends.append(np.flatnonzero(ids == encoding.eot_token) + n_written + 1)
             n_written += len(ids)
@@ -150,10 +164,9 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
             if field is not None and all(source.rows is None for source in sources):
                 raise ValueError(f"--field {field} is for rows, and no INPUT has any: leave it out")
             digests, left_out = array("Q"), LeftOut()
-            documents = read_documents(sources, key, left_out)
-            texts = drop_duplicates(documents, digests, left_out)
+            documents = drop_duplicates(read_documents(sources, key, left_out), digests, left_out)
             total = sum(source.path.stat().st_size for source in sources if source.path)
-            ends = write_tokens(work / "train.bin", texts, encoding, workers, total)
+            ends = write_tokens(work / "train.bin", documents, encoding, workers, total)
             if not digests:
                 raise ValueError(f"no text: {left_out.skipped_files:,} files in folders were "
                                  f"skipped, {left_out.dropped_documents:,} documents are empty: "

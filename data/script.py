@@ -75,7 +75,7 @@ def add_fields(
     differing = {name for fields in configs.values() for name in fields}
     for cls in classes:
         group = parser.add_argument_group(cls.__name__)
-        source = inspect.getsource(cls)
+        source = "".join(inspect.getsource(base) for base in cls.__mro__ if base is not object)
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
         for field in dataclasses.fields(cls):
             how = {"type": field.type, "metavar": field.type.__name__}

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
+import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -108,12 +109,10 @@ class JsonTokenizer(tiktoken.Encoding):
             added = place_added(content.get("added_tokens", ()), model["vocab"])
             ranks = {unspell(token): i for token, i in model["vocab"].items() if token not in added}
             check_tokens(model, ranks, added)
+            check_pattern(pattern)
             super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=added)
-            numbers = [*range(0xD800), *range(0xE000, 0x110000)]  # between them are surrogates
-            characters = "".join(map(chr, numbers))
-            ids = self.encode(characters, disallowed_special=())
-            if self.decode(ids) != self.normalize(characters):
-                raise ValueError("a pattern that leaves characters out")
+            self.n_bytes = np.zeros(self.n_vocab, np.int64)  # of each token
+            self.n_bytes[list(ranks.values())] = list(map(len, ranks))
         except (
             json.JSONDecodeError, RecursionError, LookupError, TypeError, AttributeError,
             OverflowError,
@@ -125,8 +124,14 @@ class JsonTokenizer(tiktoken.Encoding):
     def encode(self, text: str, **options) -> list[int]:
         return super().encode(self.normalize(text), **options)
 
-    def encode_to_numpy(self, text: str, **options):
-        return super().encode_to_numpy(self.normalize(text), **options)
+    def encode_to_numpy(self, text: str, **options) -> np.ndarray:
+        """Raises ValueError if the pattern leaves a part of this text out, as one may that takes
+        each character alone."""
+        text = self.normalize(text)
+        ids = super().encode_to_numpy(text, **options)
+        if self.n_bytes[ids].sum() != len(text.encode()):
+            raise ValueError("the tokenizer's pattern leaves a part of it out")
+        return ids
 
     def normalize(self, text: str) -> str:
         """The text in Unicode's form NFC, if the file says so."""
@@ -148,6 +153,21 @@ def read_pattern(cut: dict, merges: bool) -> str:
         if how in keeps and not cuts and pattern and not POSSESSIVE.search(pattern):
             return f"(?m){pattern}"  # ^ and $ are of lines there
     raise ValueError(f"the pre_tokenizer {json.dumps(cut)[:200]}")
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises ValueError for a pattern that leaves characters out, or that makes empty pieces, at
+    which tiktoken panics."""
+    empty = 256  # here an empty piece has a token, and the others are those of the bytes
+    ranks = {b"": empty} | {bytes([byte]): byte for byte in range(256)}
+    tokenizer = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    numbers = [*range(0xD800), *range(0xE000, 0x110000)]  # between them are surrogates
+    characters = "".join(map(chr, numbers))
+    ids = tokenizer.encode_to_numpy(characters, disallowed_special=())
+    if empty in ids:
+        raise ValueError("a pattern that makes empty pieces")
+    if ids.astype(np.uint8).tobytes() != characters.encode():
+        raise ValueError("a pattern that leaves characters out")
 
 
 def check_kind(content: dict) -> None:

@@ -34,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import chdir, nullcontext, redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -231,6 +232,14 @@ def run_transformers(config: Config, train: TrainConfig, device: str, dtype: tor
 # ---- other rules for the knocks
 
 
+@dataclass(frozen=True)
+class RuledConfig(TrainConfig):
+    """The rule is one of the settings in log and checkpoints. train.py has no such setting, so it
+    does not go on from them without the rule."""
+
+    rule: str = ""  # for the knocks; the name of the peer sets it
+
+
 def make_optimizer_with(
     rule: str, model: Transformer, train: TrainConfig
 ) -> torch.optim.Optimizer:
@@ -268,8 +277,8 @@ def main(argv: list[str]) -> None:
     if reason := missing(peer):
         raise FileNotFoundError(reason)
     if peer in RULES:
-        ours.make_optimizer = partial(make_optimizer_with, peer)
-        return ours.main(options)
+        ours.TrainConfig, ours.make_optimizer = RuledConfig, partial(make_optimizer_with, peer)
+        return ours.main([*options, "--rule", peer])
     config, train, _ = parse_config(options)
     device = pick_device(train.device)
     if peer == "nanoGPT":

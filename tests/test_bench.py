@@ -13,7 +13,7 @@ from data.checkpoint import collect, restore
 from data.tokens import open_tokens
 from kha import Config, Transformer
 from tests import bench, peers, report, study
-from tests.runs import ROOT, SHAPE, environment
+from tests.runs import ROOT, SHAPE, contents, environment, lines_of
 from train import TrainConfig, parse_config
 
 TINY = f"toy {' '.join(SHAPE)} --batch_tokens 256 --eval_tokens 512 --steps 24"
@@ -151,15 +151,33 @@ def test_a_resume_with_another_rule_changes_no_weight(rule):
         assert torch.equal(p, same)
 
 
-def test_a_run_with_another_rule_goes_on_where_it_was(data, monkeypatch):
-    monkeypatch.setattr(peers.ours, "make_optimizer", peers.make_optimizer)  # put back at the end
+def run_ruled(*words):
+    """The peer's run in this process. What it changes in train.py is put back."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("make_optimizer", "TrainConfig"):
+            patch.setattr(peers.ours, name, getattr(peers.ours, name))
+        peers.main(list(words))
+
+
+def test_a_run_with_another_rule_goes_on_where_it_was(data):
     options = f"{TINY} --prompt a --data {data} --out".split()
     for rule in ("slow", "no-decay"):
-        peers.main([rule, *options, rule])
-    peers.main(["slow", *options, "halves", "--save_every", "12", "--steps", "12"])
-    peers.main(["slow", *options, "halves", "--resume"])
+        run_ruled(rule, *options, rule)
+    run_ruled("slow", *options, "halves", "--save_every", "12", "--steps", "12")
+    run_ruled("slow", *options, "halves", "--resume")
     slow, none, halves = (report.read_log(Path(out))[1] for out in ("slow", "no-decay", "halves"))
     assert halves[-1]["step"] == slow[-1]["step"] == 24 and slow[-1]["knocks"] != none[-1]["knocks"]
+
+
+@pytest.mark.parametrize("rule", peers.RULES)
+def test_a_run_with_another_rule_does_not_go_on_without_it(rule, data):
+    options, out = f"{TINY} --prompt a --data {data} --out run".split(), Path("run")
+    run_ruled(rule, *options, "--steps", "12")
+    assert lines_of(out)[0]["train"]["rule"] == rule
+    before = contents(out)
+    with pytest.raises(ValueError, match="the run in run is not of this version .*'rule'"):
+        peers.ours.main([*options, "--resume"])
+    assert contents(out) == before
 
 
 def table(monkeypatch, capfd, rows, data):

@@ -5,6 +5,7 @@ import errno
 import os
 import resource
 import shutil
+import stat
 import struct
 import time
 import zipfile
@@ -13,9 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.checkpoint import FORMAT, Saver, load_checkpoint, save_checkpoint, start_from
+from data.checkpoint import (
+    FORMAT,
+    Saver,
+    clone,
+    collect,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+    start_from,
+)
 from kha import Config, Transformer
 from tests.reference import SMALL, scramble
+from tests.runs import equal_weights
 
 
 def tiny_checkpoint(step):
@@ -90,6 +101,27 @@ def test_on_a_disk_without_second_names_the_best_is_a_whole_copy(tmp_path, monke
     assert (tmp_path / "best.pt").read_bytes() == before
 
 
+def test_a_disk_that_cannot_sync_folders_takes_checkpoints(tmp_path, monkeypatch):
+    """Some network disks call that an invalid argument. Any other error ends the run."""
+    fsync, number = os.fsync, errno.EINVAL
+
+    def fail(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, tiny_checkpoint(step)[1])
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["step-00000002.pt", "step-00000003.pt"]
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        save_checkpoint(tmp_path, tiny_checkpoint(4)[1])
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["step-00000002.pt", "step-00000003.pt", "step-00000004.pt"]
+
+
 def test_an_error_elsewhere_waits_for_the_checkpoint(tmp_path, monkeypatch):
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda *args: (time.sleep(0.2), save(*args)))
@@ -151,6 +183,26 @@ def test_a_best_checkpoint_without_a_loss_gives_way(tmp_path):
     with Saver(tmp_path, start=1) as saver:
         saver.save({**tiny_checkpoint(2)[1], "val_loss": 3.0})
     assert load_checkpoint(tmp_path / "best.pt")[1]["step"] == 2
+
+
+def test_what_goes_on_does_not_stay_in_the_file(tmp_path):
+    """read_checkpoint maps the file into memory: a run that kept a part of it would keep the whole
+    file on the disk after it was removed."""
+    model = Transformer(Config(**SMALL))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    wanted = clone({"step": 1, **collect(model, optimizer)})
+    checkpoint = clone(wanted)
+    restore(model, optimizer, checkpoint)
+    for part in (checkpoint["model"], *checkpoint["optimizer"]["state"].values()):
+        for tensor in part.values():
+            tensor.fill_(7)
+    after = collect(model, optimizer)
+    assert equal_weights(after["model"], wanted["model"])
+    for name, state in wanted["optimizer"]["state"].items():
+        assert equal_weights(after["optimizer"]["state"][name], state)
 
 
 def test_another_format_is_named(tmp_path):

@@ -27,7 +27,7 @@ import tiktoken
 
 from data import documents
 from data import prepare as module
-from data.documents import LeftOut, drop_duplicates, find_sources
+from data.documents import Document, LeftOut, drop_duplicates, find_sources
 from data.prepare import map_threads, prepare
 from data.split import SEQUENCE, find_cut, hold_out
 from data.tokens import (
@@ -563,6 +563,36 @@ def test_what_a_csv_may_hold(tmp_path):
     assert all_documents(str(tmp_path / "out")) == sorted(texts)
 
 
+def test_a_row_of_csv_with_a_wrong_quote_is_a_bad_row(tmp_path):
+    """Python would read the text as: He said \\hi"""
+    bad = r'"He said \"hi, you\" there"'
+    rows = ["id,text", *(f'{i},"row ""{i}"""' for i in range(200))]
+    (tmp_path / "a.csv").write_text("\n".join([*rows[:50], f"50,{bad}", *rows[50:]]))
+    meta = prepare([str(tmp_path / "a.csv")], str(tmp_path / "out"))
+    assert meta["skipped_rows"] == 1
+    assert all_documents(str(tmp_path / "out")) == sorted(f'row "{i}"' for i in range(200))
+    (tmp_path / "a.csv").write_text("\n".join([*rows[:50], *[f"50,{bad}"] * 9, *rows[50:]]))
+    with pytest.raises(ValueError, match="9 of 209 rows.*a.csv:51: Error.*a.csv:53: Error.*after"):
+        prepare([str(tmp_path / "a.csv")], str(tmp_path / "other"))
+
+
+def test_a_row_of_csv_with_a_comma_too_many_is_a_bad_row(tmp_path):
+    """Else its text would end at the comma."""
+    rows = ["id,text", *(f"{i},row {i}" for i in range(202))]
+    rows[-2] += ", and more"
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    meta = prepare([str(tmp_path / "a.csv")], str(tmp_path / "out"))
+    assert meta["skipped_rows"] == 1
+    assert all_documents(str(tmp_path / "out")) == sorted(f"row {i}" for i in {*range(202)} - {200})
+
+
+def test_a_quote_that_never_closes_does_not_swallow_rows(tmp_path):
+    rows = ["text", *(f"row {i}" for i in range(200))]
+    (tmp_path / "a.csv").write_text("\n".join([*rows, '"open', *rows]))
+    with pytest.raises(ValueError, match="a.csv is damaged, .*: unexpected end of data"):
+        prepare([str(tmp_path / "a.csv")], str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet", ".ndjson.gz"])
 def test_an_error_shows_which_fields_there_are(tmp_path, ending):
     write_rows(tmp_path / f"a{ending}", TEXTS, "story")
@@ -711,7 +741,7 @@ def test_a_data_set_that_cannot_be_read(tmp_path, monkeypatch, spec, message):
 
 def test_duplicates_are_found_without_a_set_in_memory():
     digests, left_out = array("Q"), LeftOut()
-    texts = ((i % 2**16 * 2**47, [b"text"]) for i in range(2**17))
+    texts = (Document("a", i % 2**16 * 2**47, [b"text"]) for i in range(2**17))
     tracemalloc.start()
     assert sum(1 for _ in drop_duplicates(texts, digests, left_out)) == 2**16
     assert tracemalloc.get_traced_memory()[1] < 20 * 2**16

@@ -135,6 +135,51 @@ def test_a_run_cannot_go_back(halves, data):
         main([*SHORT, "--data", str(data), "--out", str(halves), "--resume", "--steps", "25"])
 
 
+# --- another run in the same folder ---
+
+
+def save_meanwhile(monkeypatch, source, out):
+    """Between the look of a run for checkpoints and its lock on the folder, another run saves what
+    is in `source`, and ends. Returns a dict that gets what the folder then holds."""
+    build_model, then = train.build_model, {}
+
+    def build(*args):
+        monkeypatch.setattr(train, "build_model", build_model)
+        shutil.copytree(source, out, dirs_exist_ok=True)
+        then.update(contents(out))
+        return build_model(*args)
+
+    monkeypatch.setattr(train, "build_model", build)
+    return then
+
+
+@pytest.mark.parametrize("options", [[], ["--resume"]], ids=["new", "resumed, if there is one"])
+def test_a_new_run_does_not_replace_one_that_was_faster(
+    options, whole, data, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    then = save_meanwhile(monkeypatch, whole, out)
+    with pytest.raises(ValueError, match="another run has saved .*step-00000030.pt .* --resume"):
+        main([*SHORT, "--data", str(data), "--out", str(out), *options])
+    assert then and contents(out) == then
+    main([*SHORT, "--data", str(data), "--out", str(out), "--resume"])  # as the message says
+    assert_same_run(whole, out)
+
+
+def test_a_resumed_run_does_not_replace_one_that_was_faster(whole, halves, data, monkeypatch):
+    (halves / "step-00000030.pt").unlink()
+    then = save_meanwhile(monkeypatch, whole, halves)
+    with pytest.raises(ValueError, match="another run has saved .*step-00000030.pt .* --resume"):
+        main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
+    assert then and contents(halves) == then
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_the_user_has_renamed(halves, data, capsys):
+    (halves / "step-00000020.pt").rename(halves / "step-00000030.pt")
+    main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
+    assert "going on after step 20" in capsys.readouterr().out
+
+
 # --- damage ---
 
 

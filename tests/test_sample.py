@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -261,6 +262,17 @@ def test_the_held_out_loss_of_a_checkpoint(whole, data, capsys):
     bits = loss / math.log(2) * counts["tokens"] / counts["bytes"]
     output = capsys.readouterr().out
     assert output.startswith(f"{loss:.4f} nats per token, {bits:.4f} bits per byte (3,")
+
+
+@pytest.mark.parametrize("token", [7, 300])
+def test_data_that_have_changed_are_not_measured(token, whole, data, tmp_path, capsys):
+    other = shutil.copytree(data, tmp_path / "data")
+    tokens = open_tokens(other, "val").copy()
+    tokens[100] = token
+    tokens.tofile(other / "val.bin")
+    with pytest.raises(ValueError, match="has changed since it was|outside its vocabulary"):
+        main(["--checkpoint", str(whole), "--device", "cpu", "--evaluate", str(other)])
+    assert capsys.readouterr().out == ""
 
 
 def test_output_that_nobody_reads_ends_quietly(model, tmp_path):

@@ -16,7 +16,7 @@ import train
 from data.checkpoint import load_checkpoint
 from data.prepare import prepare
 from data.tokenizer_json import JsonTokenizer, to_json
-from data.tokens import load_meta, load_tokenizer
+from data.tokens import load_meta, load_tokenizer, open_tokens
 from tests.runs import ROOT, SHORT
 
 transformers = pytest.importorskip("transformers")
@@ -234,6 +234,10 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("pre_tokenizer", {"type": "Metaspace", "replacement": "_"}, "pre_tokenizer .*Metaspace"),
         ("pre_tokenizer", split_by("[0-9]{1,3}+|."), "which has the pre_tokenizer"),
         ("pre_tokenizer", split_by(r"\w+|\s+"), "which has a pattern that leaves characters out"),
+        ("pre_tokenizer", split_by("none"), "which has a pattern that leaves characters out"),
+        ("pre_tokenizer", split_by("x*"), "which has a pattern that makes empty pieces"),
+        ("pre_tokenizer", split_by("(?=x)"), "which has a pattern that makes empty pieces"),
+        ("pre_tokenizer", split_by(r"\w+|\W*?"), "which has a pattern that makes empty pieces"),
         ("pre_tokenizer", split_by(r"(\w+"), "cannot use the tokenizer"),
         ("pre_tokenizer", split_by("")["pretokenizers"][1], "which has the pre_tokenizer"),
         ("pre_tokenizer", None, "damaged or no tokenizer.json"),
@@ -283,6 +287,52 @@ def test_no_tokenizer_json_is_one_line(content, tmp_path):
     file.write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match="tokenizer.json is damaged or no tokenizer.json"):
         load_tokenizer(str(file))
+
+
+# --- text that is hard on a pattern ---
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", "a", "1", "\u3000"])
+def test_a_very_long_run_of_one_character_is_tokenised(unit, small, tmp_path):
+    """tiktoken fails at a million spaces in a row."""
+    content = unit * 3_000_000 + "b"
+    (tmp_path / "long.txt").write_text(content)
+    (tmp_path / "tokenizer.json").write_text(small.to_str())
+    out = str(tmp_path / "out")
+    prepare([str(tmp_path / "long.txt")], out, tokenizer=str(tmp_path / "tokenizer.json"))
+    decode = load_tokenizer(str(tmp_path / "tokenizer.json")).decode
+    texts = [decode(open_tokens(out, split).tolist()) for split in ("train", "val")]
+    assert "".join(texts).replace("<|endoftext|>", "") == content
+
+
+@pytest.mark.parametrize(
+    "pattern,text,message",
+    [
+        (r"(?:(?!x)[a-z])+?(?=x|[^a-z]|$)|x+|[^a-z]+", "a" * 600_000, "Regex error"),
+        # It takes every character, but not every text.
+        (r"[a-z]+(?!\d)|[^a-z]+", "b2", "the tokenizer's pattern leaves a part of it out"),
+    ],
+)
+@pytest.mark.parametrize("name", ["bad.txt", "rows.jsonl"])
+def test_a_text_at_which_the_tokenizer_fails_is_named(
+    pattern, text, message, name, small, tmp_path
+):
+    content = json.loads(small.to_str())
+    content["pre_tokenizer"] = split_by(pattern)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(f"good {i}\n" * 100)
+    rows = ["good", text, "also good"]
+    if name == "bad.txt":
+        (folder / name).write_text(text)
+    else:
+        (folder / name).write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    place = f"in/{name}" if name == "bad.txt" else f"in/{name}:2"
+    with pytest.raises(ValueError, match=f"{place} cannot be tokenised .*{message}.*omit it"):
+        prepare([str(folder)], str(tmp_path / "out"), tokenizer=str(tmp_path / "tokenizer.json"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "tokenizer.json"]
 
 
 # --- the file goes along ---
