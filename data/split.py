@@ -16,7 +16,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from data.tokens import PIECE, SPLITS, token_dtype
+from data.tokens import CHUNK, SPLITS, token_dtype
 
 SEQUENCE = 1025  # tokens: a side that is shorter cannot train models with a block_size of 1024
 
@@ -81,11 +81,11 @@ def find_cut(text: np.ndarray, share: float, near: float, encoding: tiktoken.Enc
     """Before which token to cut a text so that the fraction `share` of it, or more, comes after.
 
     That is at the last line end before the wanted place, if it is not further than the fraction
-    `near` of the text (and PIECE tokens), else between two characters. A text that is too short is
+    `near` of the text (and CHUNK tokens), else between two characters. A text that is too short is
     not cut: then this is the place after its end-of-text token.
     """
     place = int(len(text) * (1 - share))
-    lowest = max(1, place - min(int(near * len(text)), PIECE))
+    lowest = max(1, place - min(int(near * len(text)), CHUNK))
     first = max(1, lowest - 3)  # a character has at most four bytes, so at most four tokens
     words = encoding.decode_tokens_bytes(text[first - 1 : place + 1].tolist())
     for cut in range(place, lowest - 1, -1):
@@ -110,7 +110,7 @@ def divide(folder: Path, ends: np.ndarray, cuts: np.ndarray,
         for split, group in groupby(parts, key=itemgetter(0)):
             rest = sum(length for _, length in group)
             while rest:
-                ids = np.frombuffer(file.read(min(rest, PIECE) * dtype.itemsize), dtype)
+                ids = np.frombuffer(file.read(min(rest, CHUNK) * dtype.itemsize), dtype)
                 rest -= len(ids)
                 # a document that is cut ends twice, once on either side
                 yield split, ids if rest or ids[-1] == eot else np.append(ids, eot)

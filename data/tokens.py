@@ -17,7 +17,7 @@ from data.tokenizer_json import END, PIECES, JsonTokenizer
 
 SPLITS = ("train", "val")
 TOKENIZER_FILE = "tokenizer.json"  # a copy of the one that the data were prepared with
-PIECE = 1 << 20  # tokens read at a time
+CHUNK = 1 << 20  # tokens read at a time
 
 # the files that tiktoken downloads for each tokenizer: users without network are told to copy them
 BLOBS = "https://openaipublic.blob.core.windows.net/"
@@ -168,8 +168,8 @@ def verify_tokens(folder: str, trust_stamp: bool = True) -> None:
     with tqdm(total=total, desc="checking tokens", unit_scale=True, disable=None) as bar:
         for split in SPLITS:
             tokens, digest = open_tokens(folder, split), hashlib.sha256()
-            for start in range(0, len(tokens), PIECE):
-                piece = tokens[start : start + PIECE]
+            for start in range(0, len(tokens), CHUNK):
+                piece = tokens[start : start + CHUNK]
                 digest.update(piece)
                 if piece.max() >= meta["vocab_size"]:
                     raise ValueError(f"{folder}/{split}.bin has the token {piece.max()}, outside "
