@@ -13,9 +13,10 @@ no dropout. nanoGPT estimates its held-out loss from some random batches. Here i
 ours is, by sample.evaluate: the model that nanoGPT has trained, in the precision in which it was
 trained, on the first eval_tokens of the held-out tokens. This is the last line of the log.
 
-transformers: its Qwen3 or Qwen3-MoE in our config's shape. There is no script to run, so it is a
-loop in this file, on random tokens that are on the GPU already. Weights, gradients and moments are
-bfloat16; those of transformers-float32 are float32, and its products bfloat16 as ours are.
+transformers: its Qwen3 or Qwen3-MoE in our config's shape, not compiled. There is no script to run,
+so it is a loop in this file, on random tokens that are on the GPU already. Weights, gradients and
+moments are bfloat16; those of transformers-float32 are float32, and its products bfloat16 as ours
+are.
 
 no-decay, to-start, slow: our own train.py with another rule for the knocks. In train.py they decay
 to zero as all matrices do. With no-decay they do not decay. With to-start they decay to where they
