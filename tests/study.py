@@ -543,8 +543,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("study", choices=[*STUDIES, "plot"])
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="of runs, for plot alone")
-    parser.add_argument("--table", action="store_true", help="print the table of the study")
-    parser.add_argument("--update", action="store_true", help="rewrite all tables and pictures")
+    instead = parser.add_mutually_exclusive_group()  # of doing the missing runs
+    instead.add_argument("--table", action="store_true", help="print the table of the study")
+    instead.add_argument("--update", action="store_true", help="rewrite all tables and pictures")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--data", help="folder made by data/prepare.py (default: data/studies, or"
                         " data/studies_gpt2 for time_to_loss; it is made if it is not there)")
