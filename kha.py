@@ -479,7 +479,7 @@ class FoldedGate(nn.Module):
     def __init__(self, head_dim: int, down: Tensor | None):
         super().__init__()
         self.kind, self.head_dim = "folded", head_dim
-        self.down = None if down is None else nn.Parameter(down, down.requires_grad)
+        self.down = None if down is None else nn.Parameter(down.clone(), down.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         up, gate = x.chunk(2, dim=-2)
@@ -495,7 +495,7 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
     that is not ours, `value` and `output` name the two nn.Linear, such as "v_proj" and "o_proj".
 
     Raises ValueError, with nothing changed, for an MLP knock on a projection with bias or on a part
-    of its outputs, if no plain nn.Linear `output` is beside `value`, and for a shared weight."""
+    of its outputs, if no plain nn.Linear `output` is beside `value`, and if layers share it."""
     if isinstance(model, Transformer):
         value, output = ("wv", "wo") if model.config.attention == "gqa" else (None, None)
     held = [id(x) for m in model.modules() for x in (*m._modules.values(), *m._parameters.values())]
@@ -516,9 +516,9 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
                 raise ValueError(f"{name} has no neighbour {output}, a plain nn.Linear")
         if kinds - {"none", "folded"}:
             todo.append((name, part, knocks, rows, bias, wo))
-    for name, part, *_, wo in todo:
-        if any(held.count(id(x)) > 1 for m in (part, wo) if m for x in (m, m.weight)):
-            raise ValueError(f"{name} or its {output} is shared: give each layer its own copy")
+            changed = (part, part.weight, bias, wo, wo and wo.weight)
+            if any(x is not None and held.count(id(x)) > 1 for x in changed):
+                raise ValueError(f"what {name} folds into is shared: give each layer its own copy")
     if isinstance(model, Transformer):
         gone = {name: "none" for name, value in vars(model.config).items() if value == "linear"}
         model.config = replace(model.config, **gone)
@@ -615,7 +615,7 @@ def is_hopper() -> bool:
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether `fused_mlp` takes heads x (..., D): bfloat16, such a GPU, D of 16 to 128."""
+    """Whether `fused_mlp` takes heads x (..., D): bfloat16, is_hopper(), D of 16 to 128."""
     fits = x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] in (16, 32, 64, 128)
     return fits and triton is not None and is_hopper()
 

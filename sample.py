@@ -370,12 +370,12 @@ def bits_per_byte(loss: float, counts: dict) -> float:
 def measure(model: Transformer, tokenizer: str, folder: str, device: str) -> None:
     """Print a model's held-out loss on prepared data. Raises ValueError if the data have changed,
     are in other tokens than the model's, or too few."""
-    verify_tokens(folder)
     meta, tokens = load_meta(folder), open_tokens(folder, "val")
     check_tokenizer(folder, tokenizer)
     length = min(model.config.block_size, len(tokens) - 1)
     if length < 1:
         raise ValueError(f"{folder} holds out {len(tokens)} tokens: prepare more text")
+    verify_tokens(folder)
     loss = evaluate(model, tokens, length, 8, device, shows=True).item()
     print(
         f"{loss:.4f} nats per token, {bits_per_byte(loss, meta['val']):.4f} bits per byte"

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import checkpoint as files
 from data.figures import advice_on_memory, knock_movement
 from data.hf import start_from_hf
-from data.log import Log, has_updates
+from data.log import Log, check_new
 from data.loss import chunked_loss
 from data.prepare import DEFAULT_DATA, find_data
 from data.processes import (
@@ -78,7 +78,7 @@ class TrainConfig:
     seed: int = 1  # of the starting weights and of the batches
     steps: int = 1000  # optimizer steps of the whole run
     batch_tokens: int = 32768  # tokens per optimizer step
-    micro_batch: int = 8  # sequences at a time in each process; several make a batch
+    micro_batch: int = 8  # sequences at a time in each process; their gradients add up to a batch's
     lr: float = 7.5e-4  # peak, after 5% warm-up; a cosine takes it to 10%
     weight_decay: float = 0.1  # of matrices, not of norms
     beta1: float = 0.9  # of AdamW
@@ -141,9 +141,8 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     if not settings["out"]:
         raise ValueError("--out is empty: name a folder")
     saved = files.list_to_resume(settings["out"])
-    if not resume and (saved or has_updates(settings["out"])):
-        raise ValueError(f"{settings['out']} holds a run already: add --resume to go on with it, or"
-                         " choose another --out")
+    if not resume:
+        check_new(settings["out"])
     if saved:
         checkpoint = files.read_newest(saved)
         try:
@@ -428,7 +427,7 @@ def main(argv: list[str]) -> None:
                 val_loss = sum_over_processes(part).item()
                 val_bpb = bits_per_byte(val_loss, meta["val"])
                 log.evaluation(done, val_loss, val_bpb, knock_movement(model))
-            # After a skipped update only where the run ends: the weights may be at fault.
+            # After a skipped update it saves only at the end: the weights may be at fault.
             if stopping or (saves and (finite or last)):
                 state = {**settings, "format": files.FORMAT, "step": done, "val_loss": val_loss}
                 state |= {"tokenizer": tokenizer_for_checkpoint(tokenizer)}

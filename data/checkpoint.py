@@ -221,16 +221,17 @@ def check_none_newer(folder: str, step: int) -> None:
     Then another run has saved it since this one looked for checkpoints."""
     for path in list_to_resume(folder):
         if step and os.path.basename(path) <= f"step-{step:08d}.pt":
-            return  # so are those that follow, and what best.pt holds
+            return  # it is not newer, nor are those after it
         try:
-            newer = read_checkpoint(path)["step"] > step  # the user may have renamed an older one
+            found = read_checkpoint(path)["step"]
         except ValueError:
-            newer = False  # read_newest has passed over it and said so
-        if newer:
+            continue  # read_newest has passed over it and said so
+        if found > step:
             raise ValueError(
                 f"another run has saved {path} while this one started: go on from it with --resume,"
                 " or choose another --out"
             )
+        return  # the run goes on from this one, which the user may have renamed
 
 
 def read_newest(paths: list[str]) -> dict:

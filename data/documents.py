@@ -187,23 +187,19 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str] | csv.Error]]:
     """The rows after the first, which names the fields, each with the number of its last line. In
-    place of a row with a wrong quote, the error. Raises csv.Error for a quote that never closes."""
+    place of a row with more fields than names, an error. Raises csv.Error for a wrong quote: what
+    follows it may be cut anywhere."""
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than many a text
     # surrogateescape: bytes that are not UTF-8 make their own row a bad one, and no other
     with io.TextIOWrapper(open_file(path), "utf-8-sig", "surrogateescape", newline="") as file:
         reader = csv.DictReader(file, strict=True)  # else a wrong quote would change the text
-        n_error = 0
-        while True:
-            try:
-                row = next(reader, None)
-            except csv.Error as error:
-                if str(error) == "unexpected end of data":  # it may have taken many rows along
-                    raise
-                row = error
-                n_error += 1  # line_num does not count the line of an error
-            if row is None:
-                return
-            yield reader.line_num + n_error, row
+        try:
+            for row in reader:
+                extra = row.pop(None, [])  # as after a comma in a text without quotes
+                bad = csv.Error(f"{len(extra)} fields too many")
+                yield reader.line_num, bad if any(extra) else row
+        except csv.Error as error:
+            raise csv.Error(f"line {reader.reader.line_num}: {error}") from error
 
 
 def read_parquet(path: Path, field: str) -> Iterator[tuple[int, dict]]:
@@ -308,8 +304,7 @@ def row_text(row: Any, field: str) -> bytes | None:
     """The UTF-8 text in the `field` of a row; None if it has none."""
     try:
         row = json.loads(row) if isinstance(row, bytes) else row
-        # None: fields of CSV that the first row does not name, as after a comma without quotes
-        return row[field].encode() if isinstance(row, dict) and None not in row else None
+        return row[field].encode() if isinstance(row, dict) else None
     except (ValueError, RecursionError, KeyError, AttributeError):
         return None
 

@@ -26,7 +26,7 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
-from data.checkpoint import check_none_newer, list_checkpoints
+from data.checkpoint import check_none_newer, list_checkpoints, list_to_resume
 from data.figures import PEAK_FLOPS, count_params, flops_per_token, of_gpu
 from kha import Transformer
 
@@ -159,7 +159,7 @@ class Log:
         self.write(**record, spikes=self.spikes, skipped=self.skipped)
         self.progress.update(record)
         if self.skipped_in_a_row == MAX_SKIPPED:
-            way = "start again with a lower --lr"
+            way = "start again with a lower --lr and another --out"
             if list_checkpoints(self.out):
                 way = (
                     f"go on with --resume and a lower --lr from what is saved in {self.out}, after"
@@ -212,14 +212,23 @@ class Log:
             raise OSError(f"{reason}: the checkpoints beside it stand") from error
 
 
-def has_updates(out: str) -> bool:
-    """Whether a run's folder has a log with more than its first line."""
+def check_new(out: str) -> None:
+    """Raises ValueError if a folder holds a run already, or a log with more than its first line."""
+    if list_to_resume(out):
+        raise ValueError(
+            f"{out} holds a run already: add --resume to go on with it, or choose another --out"
+        )
     try:
         with open(os.path.join(out, "log.jsonl"), "rb") as file:
             file.readline()
-            return bool(file.readline())
+            has_updates = file.readline()
     except FileNotFoundError:
-        return False
+        return
+    if has_updates:
+        raise ValueError(
+            f"{out} holds the log of a run without checkpoints: choose another --out (with --resume"
+            " the run starts again, and replaces the log)"
+        )
 
 
 class Progress:

@@ -1,8 +1,8 @@
 """Other projects and other rules, as train.py runs ours: python tests/peers.py PEER [options]
 
 A peer takes the options of train.py and leaves a log.jsonl like ours in --out: loss, tokens_per_s
-and on CUDA memory_gib of each update. Each is one process, so a signal ends it at once; a run that
-was stopped starts again from nothing.
+and on CUDA memory_gib of each update. Each is one process, so a signal ends it at once; with
+--resume a run that was stopped starts again from nothing.
 
 nanoGPT: its own train.py runs, unchanged, from a clone at $NANOGPT (by default beside this
 project). It has what train.py has with these options: tokens, batch, number of updates, learning
@@ -38,6 +38,7 @@ from contextlib import chdir, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 if __name__ == "__main__":  # Python looks for modules in this file's folder, not in the one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -236,9 +237,18 @@ def run_transformers(config: Config, train: TrainConfig, device: str, dtype: tor
 @dataclass(frozen=True)
 class RuledConfig(TrainConfig):
     """The rule is one of the settings in log and checkpoints. train.py has no such setting, so it
-    does not go on from them without the rule."""
+    does not go on from them without the rule. Raises ValueError for a run with another rule."""
 
-    rule: str = ""  # for the knocks; the name of the peer sets it
+    peer: ClassVar[str]  # the rule of this process
+    rule: str = "that of train.py"  # for the knocks
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rule != self.peer:
+            raise ValueError(
+                f"the run in {self.out} has the rule {self.rule!r}, not {self.peer!r}: choose"
+                " another --out"
+            )
 
 
 def make_optimizer_with(
@@ -279,6 +289,7 @@ def main(argv: list[str]) -> None:
         raise FileNotFoundError(reason)
     if peer in RULES:
         ours.TrainConfig, ours.make_optimizer = RuledConfig, partial(make_optimizer_with, peer)
+        RuledConfig.peer = peer
         return ours.main([*options, "--rule", peer])
     config, train, _ = parse_config(options)
     device = pick_device(train.device)

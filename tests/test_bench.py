@@ -175,6 +175,9 @@ def test_a_run_with_another_rule_does_not_go_on_without_it(rule, data):
     run_ruled(rule, *options, "--steps", "12")
     assert lines_of(out)[0]["train"]["rule"] == rule
     before = contents(out)
+    another = "slow" if rule == "no-decay" else "no-decay"
+    with pytest.raises(ValueError, match=f"has the rule '{rule}', not '{another}'"):
+        run_ruled(another, *options, "--resume")
     with pytest.raises(ValueError, match="the run in run is not of this version .*'rule'"):
         peers.ours.main([*options, "--resume"])
     assert contents(out) == before

@@ -215,18 +215,22 @@ def test_a_fused_projection_folds_linear_knocks_only(bias, rows):
     torch.testing.assert_close(linear(x), knocked)
 
 
-@pytest.mark.parametrize("what", ["module", "weight", "output"])
-def test_what_layers_share_is_not_folded(what):
-    """Folded twice, or in one of its places only, it would compute something else."""
-    model = theirs("Llama")
+@pytest.mark.parametrize(
+    "what,kind",
+    [("module", "linear"), ("module", "mlp"), ("weight", "linear"), ("weight", "mlp"),
+     ("bias", "linear"), ("output", "mlp")],
+)  # fmt: skip
+def test_what_layers_share_is_not_folded(what, kind):
+    """It would be folded twice, or in one of its places only."""
+    model = theirs("Llama", attention_bias=what == "bias")
     first, second = (layer.self_attn for layer in model.model.layers)
     if what == "module":
         second.v_proj = first.v_proj
     elif what == "output":
         second.o_proj = first.o_proj
-    add_knocks(model, "mlp", "*.v_proj", 8)
-    if what == "weight":
-        second.v_proj.weight = first.v_proj.weight
+    add_knocks(model, kind, "*.v_proj", 8)
+    if what in ("weight", "bias"):
+        setattr(second.v_proj, what, getattr(first.v_proj, what))
     scramble(model)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.raises(ValueError, match="is shared: give each layer its own copy"):

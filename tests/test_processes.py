@@ -169,7 +169,7 @@ def test_a_folder_takes_one_run_at_a_time(start, data, tmp_path):
     args = [*LONG, "--save_every", 100000, "--data", data, "--out", tmp_path]
     first = start(*args)
     wait_for(has_line(tmp_path), first)
-    for option, message in (("--seed=1", "holds a run already"), ("--resume", "another run is")):
+    for option, message in (("--seed=1", "holds the log of"), ("--resume", "another run is")):
         second = train_script(*SHORT, "--data", data, "--out", tmp_path, option)
         assert second.returncode == 2 and "error: " in second.stderr and message in second.stderr
     first.terminate()
