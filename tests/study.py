@@ -162,7 +162,7 @@ STUDIES = {
         + grid({"": small()}, [kind for kind in KINDS if kind not in PAIR], range(1, 5))
         + grid({"": small()}, PAIR, range(5, 9)),
     ),
-    "toy": Study("", grid({"": "toy"}, PAIR, range(1, 13))),
+    "toy": Study("", grid({"": "toy"}, PAIR, range(1, 6))),
     "tokens": Study(
         "bytes",
         grid({"60M": small(steps=1830), "125M": small(steps=3815)}, PAIR, range(1, 5))
