@@ -7,50 +7,26 @@ prepared data instead, with --export_hf it writes the model for transformers.
 
 import argparse
 import codecs
-import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
 
 # Threads must not spin for long while they wait, or a second job on the machine stops them all.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
-import numpy as np
 import tiktoken
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from data.checkpoint import load_checkpoint
+from data.device import can_capture, capture, pick_device
+from data.evaluation import bits_per_byte, evaluate
 from data.hf import export_hf
 from data.script import parse_args, run_script
-from data.tokens import (
-    check_tokenizer,
-    load_meta,
-    load_tokenizer,
-    open_tokens,
-    sequences,
-    verify_tokens,
-)
+from data.tokens import check_tokenizer, load_meta, load_tokenizer, open_tokens, verify_tokens
 from kha import Common, Transformer, fold
-
-
-def pick_device(name: str) -> str:
-    """The device to run on: `name`, or for "auto" the best there is. Raises ValueError if that
-    device is not available."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    available["cpu"] = True
-    if name == "auto":
-        return next(device for device, found in available.items() if found)
-    if not available.get(name, False):
-        choices = ", ".join(device for device, found in available.items() if found)
-        hint = " (CUDA_VISIBLE_DEVICES says which GPU)" if available["cuda"] else ""
-        raise ValueError(f"device {name!r} is not available here: choose from {choices}{hint}")
-    return name
-
 
 # --------------------------------------------------------------------------------------------------
 # The cache
@@ -124,36 +100,6 @@ def sample_logits(
     noise = torch.empty_like(probs).exponential_(generator=generator)
     drawn = (probs / noise).argmax(-1, keepdim=True)  # (B, 1)
     return (tokens.gather(-1, drawn) if cuts else drawn).squeeze(-1)
-
-
-def can_capture(model: Transformer) -> bool:
-    """Whether a CUDA graph can hold what the model does.
-
-    It cannot if FSDP gathers weights on streams of its own, nor if F.grouped_mm asks the CPU how
-    many rows each expert has. In bfloat16 on Hopper and Blackwell grouped_mm does not ask.
-    """
-    weight = model.embed.weight
-    if not weight.is_cuda or hasattr(weight, "full_tensor"):
-        return False
-    native = torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
-    dtype = model.compute_dtype or weight.dtype
-    return not model.moes() or native and dtype == torch.bfloat16
-
-
-def capture(step: Callable[[], Any], generator: torch.Generator | None = None) -> Callable[[], Any]:
-    """`step` as a CUDA graph: each call launches the same kernels on the same memory, all at once,
-    and returns the same tensors. `step` must have run before. It may draw from `generator`."""
-    graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        result = step()
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return replay
 
 
 @torch.inference_mode()
@@ -323,48 +269,6 @@ def write_samples(
 
 # --------------------------------------------------------------------------------------------------
 # Measuring
-
-
-def on_device(rows: Tensor, device: str) -> Tensor:
-    """Rows on the device; a CUDA GPU copies them while the CPU goes on."""
-    if device.startswith("cuda"):
-        return rows.pin_memory().to(device, non_blocking=True)
-    return rows.to(device)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    tokens: np.ndarray,
-    length: int,
-    micro_batch: int,
-    device: str,
-    rank: int = 0,
-    n_process: int = 1,
-    shows: bool = False,
-) -> Tensor:
-    """This process's share of the mean loss, in nats a token, of sequences of `length` tokens side
-    by side: a scalar. The shares of all processes add up to the mean."""
-    n = (len(tokens) - 1) // length
-    firsts = range(0, n, micro_batch)
-    was_training = model.training
-    model.eval()
-    total = torch.zeros((), device=device)
-    # All processes take equally many turns, because FSDP needs them all in each.
-    for turn in tqdm(range(0, len(firsts), n_process), disable=None if shows else True):
-        i = min(turn + rank, len(firsts) - 1)
-        last = min(firsts[i] + micro_batch, n)
-        starts = range(firsts[i] * length, last * length, length)
-        rows = on_device(sequences(tokens, starts, length), device)  # (B, T + 1)
-        loss = model(rows[:, :-1], rows[:, 1:])
-        total += loss * len(rows) * (i == turn + rank)
-    model.train(was_training)
-    return total / n
-
-
-def bits_per_byte(loss: float, counts: dict) -> float:
-    """A loss in nats a token as bits a byte of text, by the counts of its split in meta.json."""
-    return loss / math.log(2) * counts["tokens"] / counts["bytes"]
 
 
 def measure(model: Transformer, tokenizer: str, folder: str, device: str) -> None:

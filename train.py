@@ -32,6 +32,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import checkpoint as files
+from data.device import can_capture, capture, on_device, pick_device
+from data.evaluation import bits_per_byte, evaluate
 from data.figures import advice_on_memory, knock_movement
 from data.hf import start_from_hf
 from data.log import Log, check_new
@@ -55,15 +57,7 @@ from data.tokens import (
 )
 from kha import CONFIGS, Config, Transformer, init_weights
 from moe import BALANCE_RULES
-from sample import (
-    bits_per_byte,
-    can_capture,
-    capture,
-    evaluate,
-    on_device,
-    pick_device,
-    write_samples,
-)  # fmt: skip
+from sample import write_samples
 
 MAY_BE_ZERO = ("seed", "weight_decay", "balance_rate", "save_every", "sample_tokens")
 

@@ -38,11 +38,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import train as training
+from data.device import pick_device
 from data.figures import count_params, of_gpu
 from data.prepare import prepare
 from data.script import parse_args, run_script
 from kha import Transformer
-from sample import compile_steps, generate, lighten, pick_device
+from sample import compile_steps, generate, lighten
 from tests.peers import ROOT, build_transformers, missing, split_command
 from tests.report import read_log
 

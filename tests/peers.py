@@ -10,7 +10,7 @@ rates (in the warm-up lower by one part in steps / 20 + 1), the settings of Adam
 bfloat16 and torch.compile. It draws its batches from random places as ours does, but its seed is
 fixed. Of the model it takes layers, heads, width, context and vocabulary; there are no biases and
 no dropout. nanoGPT estimates its held-out loss from some random batches. Here it is measured as
-ours is, by sample.evaluate: the model that nanoGPT has trained, in the precision in which it was
+ours is, by `evaluate`: the model that nanoGPT has trained, in the precision in which it was
 trained, on the first eval_tokens of the held-out tokens. This is the last line of the log.
 
 transformers: its Qwen3 or Qwen3-MoE in our config's shape, not compiled. There is no script to run,
@@ -47,12 +47,13 @@ import torch
 from torch import Tensor, nn
 
 import train as ours
+from data.device import pick_device
+from data.evaluation import bits_per_byte, evaluate
 from data.figures import PEAK_FLOPS, flops_per_token, knocks_of, of_gpu
 from data.log import Log
 from data.script import run_script
 from data.tokens import open_tokens
 from kha import Config, Transformer
-from sample import bits_per_byte, evaluate, pick_device
 from train import TrainConfig, check_run, make_optimizer, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent

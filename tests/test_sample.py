@@ -12,16 +12,15 @@ import tiktoken
 import torch
 
 from data.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from data.device import can_capture, pick_device
+from data.evaluation import evaluate
 from data.tokens import load_meta, load_tokenizer, open_tokens
 from kha import Config, Transformer
 from sample import (
     Cache,
-    can_capture,
     compile_steps,
-    evaluate,
     generate,
     main,
-    pick_device,
     sample_logits,
     write_samples,
 )

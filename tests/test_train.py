@@ -14,12 +14,12 @@ import torch
 
 import train
 from data.checkpoint import load_checkpoint, restore
+from data.evaluation import evaluate
 from data.figures import flops_per_token, memory_advice
 from data.hf import export_hf
 from data.log import Log
 from data.tokens import draw_batch, load_meta, load_tokenizer
 from kha import CONFIGS, Config, Transformer
-from sample import evaluate
 from tests.reference import scramble
 from tests.runs import (
     ROOT,

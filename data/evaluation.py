@@ -1,0 +1,46 @@
+"""The held-out loss."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.device import on_device
+from data.tokens import sequences
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokens: np.ndarray,
+    length: int,
+    micro_batch: int,
+    device: str,
+    rank: int = 0,
+    n_process: int = 1,
+    shows: bool = False,
+) -> Tensor:
+    """This process's share of the mean loss, in nats a token, of sequences of `length` tokens side
+    by side: a scalar. The shares of all processes add up to the mean."""
+    n = (len(tokens) - 1) // length
+    firsts = range(0, n, micro_batch)
+    was_training = model.training
+    model.eval()
+    total = torch.zeros((), device=device)
+    # All processes take equally many turns, because FSDP needs them all in each.
+    for turn in tqdm(range(0, len(firsts), n_process), disable=None if shows else True):
+        i = min(turn + rank, len(firsts) - 1)
+        last = min(firsts[i] + micro_batch, n)
+        starts = range(firsts[i] * length, last * length, length)
+        rows = on_device(sequences(tokens, starts, length), device)  # (B, T + 1)
+        loss = model(rows[:, :-1], rows[:, 1:])
+        total += loss * len(rows) * (i == turn + rank)
+    model.train(was_training)
+    return total / n
+
+
+def bits_per_byte(loss: float, counts: dict) -> float:
+    """A loss in nats a token as bits a byte of text, by the counts of its split in meta.json."""
+    return loss / math.log(2) * counts["tokens"] / counts["bytes"]
