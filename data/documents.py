@@ -195,9 +195,10 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str] | csv.Error]]:
         reader = csv.DictReader(file, strict=True)  # else a wrong quote would change the text
         try:
             for row in reader:
-                extra = row.pop(None, [])  # as after a comma in a text without quotes
-                bad = csv.Error(f"{len(extra)} fields too many")
-                yield reader.line_num, bad if any(extra) else row
+                extra = row.pop(None, [])
+                if any(extra):  # as after a comma in a text without quotes
+                    row = csv.Error(f"{len(extra)} fields too many")
+                yield reader.line_num, row
         except csv.Error as error:
             raise csv.Error(f"line {reader.reader.line_num}: {error}") from error
 
