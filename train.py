@@ -134,10 +134,9 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     settings = {"out": f"out/{name}", **RECIPES[name], **given}
     if not settings["out"]:
         raise ValueError("--out is empty: name a folder")
-    saved = files.list_to_resume(settings["out"])
     if not resume:
         check_new(settings["out"])
-    if saved:
+    elif saved := files.list_to_resume(settings["out"]):
         checkpoint = files.read_newest(saved)
         try:
             before = TrainConfig(**{**checkpoint["train"], "out": settings["out"]})
