@@ -342,7 +342,10 @@ def caption(findings: Findings, explains: str) -> str:
     runs = [run for by_seed in findings.results.values() for run in by_seed.values()]
     train, held_out = (f"{size / 1e6:.1f}M" for size in runs[0]["data_bytes"])
     tokens = sorted({run["tokens"] for run in runs if run["val_loss"] is not None})
-    machines = sorted({f"{run['gpu']}, torch {run['torch']}, {version(run)}" for run in runs})
+    versions: dict[str, set[str]] = {}
+    for run in runs:
+        versions.setdefault(f"{run['gpu']}, torch {run['torch']}", set()).add(version(run))
+    machines = [f"{on}, {', '.join(sorted(some))}" for on, some in sorted(versions.items())]
     unit = "byte" if findings.study.tokenizer == "byte" else "token"
     return (
         f"Losses in nats per {unit}, over {runs[0]['eval_tokens'] / 1e6:.1f}M {unit}s."

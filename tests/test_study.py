@@ -392,12 +392,15 @@ def test_runs_of_two_versions_are_never_compared():
 
 
 def test_a_caption_names_all_versions():
-    runs = study.grid({"": "toy"}, ["none", "mlp on v"], [1])
+    runs = study.grid({"": "toy"}, ["none", "mlp on v"], [1, 2])
     older = result(runs[0], 1.0, commit="abcdefghij", dirty=True)
     no_git = result(runs[1], 1.0, commit=None, dirty=None, source_sha256="9876543210")
-    text = report.report("tiny", study.Study("", runs), [older, no_git])
-    places = "GPU, torch 2.11, commit abcdefg with changes; GPU, torch 2.11, source 9876543.\n"
-    assert text.endswith(places)
+    other = result(runs[2], 1.0, gpu="other")
+    text = report.report("tiny", study.Study("", runs), [older, no_git, other])
+    assert text.endswith(
+        "GPU, torch 2.11, commit abcdefg with changes, source 9876543; other, torch 2.11, commit"
+        " 0123456.\n"
+    )
 
 
 def test_sensitivity_to_the_learning_rate_worked_out_by_hand():
