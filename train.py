@@ -396,7 +396,7 @@ def main(argv: list[str]) -> None:
     ahead = 1 if device.startswith("cuda") else 0  # updates that a GPU has waiting
     waiting, stopping = deque(), False
     model.train()
-    saver = files.Saver(train.out, start)
+    saver = files.Saver(train.out, start, model if rank == 0 and train.save_every else None)
     with Signals() as signals, advice_on_memory(config, train, n_process), saver:
         micros = draw(start)
         can_graph = n_process == 1 and len(micros) == 1 and can_capture(model)
@@ -424,7 +424,7 @@ def main(argv: list[str]) -> None:
             if stopping or (saves and (finite or last)):
                 state = {**settings, "format": files.FORMAT, "step": done, "val_loss": val_loss}
                 state |= {"tokenizer": tokenizer_for_checkpoint(tokenizer)}
-                state |= files.collect(model, optimizer)
+                state |= saver.collect(model, optimizer)
                 if rank == 0:
                     log.sync()  # no checkpoint on the disk without the log up to it
                     saver.save(state)

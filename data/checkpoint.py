@@ -24,11 +24,14 @@ import sys
 import threading
 import zipfile
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict as sharded
+from torch.distributed.tensor import DTensor
 
 from data.script import sync
 from kha import Config, Transformer
@@ -39,29 +42,30 @@ TYPES = {
 }  # fmt: skip
 
 
-def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+def collect(model: nn.Module, optimizer: torch.optim.Optimizer, memory: dict | None = None) -> dict:
     """The "model" and "optimizer" of a checkpoint, copied to the CPU: whole tensors, also where
-    FSDP has them in parts. All processes call it; the first one gets the tensors."""
-    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    parts = {"model": sharded.get_model_state_dict(model, options=options)}
+    FSDP has them in parts. All processes call it; the first one gets the tensors. It copies into
+    those of `memory`, an earlier result, as far as they are there."""
+    parts = {"model": sharded.get_model_state_dict(model)}
     if optimizer.state:  # before its first update the call below would make one up
-        parts["optimizer"] = sharded.get_optimizer_state_dict(model, optimizer, options=options)
-    # The next update must not change what is being saved.
-    return clone(parts) if is_on_cpu(model) else parts
+        parts["optimizer"] = sharded.get_optimizer_state_dict(model, optimizer)
+    return copy(parts, memory, keep=not dist.is_initialized() or dist.get_rank() == 0)
 
 
-def is_on_cpu(model: nn.Module) -> bool:
-    """Whether the parameters are in the memory of the CPU."""
-    return next(model.parameters()).device.type == "cpu"
-
-
-def clone(tree):
-    """A copy of nested dictionaries and lists with all their tensors."""
+def copy(tree, memory=None, keep: bool = True):
+    """A copy of nested dictionaries and lists with all their tensors: see `collect`. A process that
+    does not keep it only helps to gather the tensors."""
     if isinstance(tree, dict):
-        return {key: clone(value) for key, value in tree.items()}
+        memory = memory or {}
+        return {key: copy(value, memory.get(key), keep) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [clone(value) for value in tree]
-    return tree.clone() if isinstance(tree, torch.Tensor) else tree
+        return [copy(value, keep=keep) for value in tree]
+    if not isinstance(tree, torch.Tensor):
+        return tree
+    whole = tree.full_tensor() if isinstance(tree, DTensor) else tree
+    if not keep:
+        return None
+    return (torch.empty_like(whole, device="cpu") if memory is None else memory).copy_(whole)
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
@@ -76,8 +80,8 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
         return
     settings = [dict(group, params=None) for group in optimizer.param_groups]
     state = checkpoint["optimizer"]
-    if is_on_cpu(model):  # torch would keep these tensors, and with them the file they are in
-        state = clone(state)
+    if next(model.parameters()).device.type == "cpu":
+        state = copy(state)  # torch would keep these tensors, and with them the file they are in
     sharded.set_optimizer_state_dict(model, optimizer, state, options=options)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update({key: value for key, value in own.items() if key != "params"})
@@ -85,29 +89,59 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
 
 class Saver:
     """Writes a run's checkpoints in a thread, while training goes on. As a context it ends when all
-    is on the disk. `start` is the step after which the run goes on, 0 for a new run."""
+    is on the disk. `start` is the step after which the run goes on, 0 for a new run.
 
-    def __init__(self, folder: str, start: int):
-        self.folder, self.thread, self.error = folder, None, None
+    A checkpoint stays in memory, and the next one is copied into it. Training waits for this copy,
+    and into new memory it takes ten times as long. With a `model` the thread makes that memory
+    at once, so that the first copy is short, too.
+    """
+
+    def __init__(self, folder: str, start: int, model: nn.Module | None = None):
+        self.folder, self.thread, self.error, self.memory = folder, None, None, None
         self.best = None if start else math.inf  # held-out loss of best.pt; None: not yet read
+        if model:
+            weights = sharded.get_model_state_dict(model)
+            self.start(self.reserve, {name: (w.shape, w.dtype) for name, w in weights.items()})
+
+    def collect(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+        """What `collect` gives, as soon as the checkpoint before is on the disk."""
+        self.wait()
+        self.memory = collect(model, optimizer, self.memory)
+        return self.memory
 
     def save(self, checkpoint: dict) -> None:
         """Start to write a checkpoint. Waits for the one before; raises its error if it failed."""
         self.wait()
-        self.thread = threading.Thread(target=self.write, args=(checkpoint,))
+        self.start(self.write, checkpoint)
+
+    def start(self, work: Callable[[dict], None], what: dict) -> None:
+        """Do some work in a thread. The next `wait` raises its error."""
+
+        def run() -> None:
+            try:
+                work(what)
+            except Exception as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=run)
         self.thread.start()
 
+    def reserve(self, weights: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+        """Make the memory for weights and AdamW's moments. Zeros are written to it, because the
+        system finds memory only then."""
+        model = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in weights.items()}
+        moments = ("exp_avg", "exp_avg_sq")
+        state = {name: {key: torch.zeros_like(model[name]) for key in moments} for name in model}
+        self.memory = {"model": model, "optimizer": {"state": state}}
+
     def write(self, checkpoint: dict) -> None:
-        """What the thread does: `save_checkpoint`, as best.pt too if no held-out loss is lower."""
-        try:
-            loss = checkpoint["val_loss"]
-            if loss is not None and self.best is None:
-                self.best = best_loss(self.folder)
-            best = loss is not None and loss < self.best
-            save_checkpoint(self.folder, checkpoint, best)
-            self.best = loss if best else self.best
-        except Exception as error:
-            self.error = error
+        """`save_checkpoint`, as best.pt too if no held-out loss is lower."""
+        loss = checkpoint["val_loss"]
+        if loss is not None and self.best is None:
+            self.best = best_loss(self.folder)
+        best = loss is not None and loss < self.best
+        save_checkpoint(self.folder, checkpoint, best)
+        self.best = loss if best else self.best
 
     def wait(self) -> None:
         """Wait until all is on the disk. Raises OSError if a checkpoint could not be written."""

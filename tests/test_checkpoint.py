@@ -17,8 +17,8 @@ import torch
 from data.checkpoint import (
     FORMAT,
     Saver,
-    clone,
     collect,
+    copy,
     load_checkpoint,
     restore,
     save_checkpoint,
@@ -131,6 +131,48 @@ def test_an_error_elsewhere_waits_for_the_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
 
 
+def trained_once():
+    model = Transformer(Config(**SMALL, n_expert=4, top_k=2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return model, optimizer
+
+
+def test_all_checkpoints_are_copied_into_memory_that_is_made_at_the_start(tmp_path):
+    def tensors(state):
+        moments = [m for of_one in state["optimizer"]["state"].values() for m in of_one.values()]
+        return [t.data_ptr() for t in (*state["model"].values(), *moments) if t.dim()]
+
+    model, optimizer = trained_once()
+    with Saver(tmp_path, start=0, model=model) as saver:
+        saver.wait()
+        reserved = set(tensors(saver.memory))
+        first = tensors(saver.collect(model, optimizer))
+        assert len(first) > 60 and set(first) <= reserved
+        optimizer.step()
+        second = saver.collect(model, optimizer)
+        assert tensors(second) == first
+    assert equal_weights(second["model"], model.state_dict())
+    names = [name for name, _ in model.named_parameters()]
+    for name, p in zip(names, model.parameters(), strict=True):
+        assert equal_weights(second["optimizer"]["state"][name], optimizer.state[p])
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_next_takes_its_memory(tmp_path, monkeypatch):
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: (time.sleep(0.2), save(*args)))
+    model, optimizer = trained_once()
+    before = copy(model.state_dict())
+    checkpoint = {**tiny_checkpoint(1)[1], "val_loss": None}
+    with Saver(tmp_path, start=0, model=model) as saver:
+        saver.save(checkpoint | saver.collect(model, optimizer))
+        optimizer.step()
+        saver.collect(model, optimizer)
+    assert equal_weights(load_checkpoint(tmp_path)[0].state_dict(), before)
+
+
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
     save_checkpoint(tmp_path, tiny_checkpoint(1)[1])
     path = tmp_path / "step-00000001.pt"
@@ -188,13 +230,9 @@ def test_a_best_checkpoint_without_a_loss_gives_way(tmp_path):
 def test_what_goes_on_does_not_stay_in_the_file(tmp_path):
     """read_checkpoint maps the file into memory: a run that kept a part of it would keep the whole
     file on the disk after it was removed."""
-    model = Transformer(Config(**SMALL))
-    optimizer = torch.optim.AdamW(model.parameters())
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    wanted = clone({"step": 1, **collect(model, optimizer)})
-    checkpoint = clone(wanted)
+    model, optimizer = trained_once()
+    wanted = copy({"step": 1, **collect(model, optimizer)})
+    checkpoint = copy(wanted)
     restore(model, optimizer, checkpoint)
     for part in (checkpoint["model"], *checkpoint["optimizer"]["state"].values()):
         for tensor in part.values():
