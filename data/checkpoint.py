@@ -138,7 +138,7 @@ class Saver:
         """`save_checkpoint`, as best.pt too if no held-out loss is lower."""
         loss = checkpoint["val_loss"]
         if loss is not None and self.best is None:
-            self.best = best_loss(self.folder)
+            self.best = best_loss(self.folder, checkpoint["train"].get("eval_tokens"))
         best = loss is not None and loss < self.best
         save_checkpoint(self.folder, checkpoint, best)
         self.best = loss if best else self.best
@@ -226,10 +226,16 @@ def remove(*paths: str) -> None:
             os.remove(path)
 
 
-def best_loss(folder: str) -> float:
-    """The held-out loss of best.pt, infinite if there is none. Says so if it is damaged."""
+def best_loss(folder: str, eval_tokens: int | None) -> float:
+    """The held-out loss of best.pt, infinite if there is none. It is infinite, too, and a warning
+    says so, if the file is damaged or its loss is not that of so many held-out tokens."""
+    path = os.path.join(folder, "best.pt")
     try:
-        loss = read_checkpoint(os.path.join(folder, "best.pt")).get("val_loss")
+        best = read_checkpoint(path)
+        before = best["train"].get("eval_tokens")
+        if before != eval_tokens:
+            raise ValueError(f"{path} was evaluated on {before} tokens, not on {eval_tokens}")
+        loss = best.get("val_loss")
         return math.inf if loss is None else loss  # a copy that the user made may have none
     except FileNotFoundError:
         return math.inf

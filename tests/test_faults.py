@@ -217,6 +217,17 @@ def test_a_damaged_best_checkpoint_is_replaced(halves, data, capsys):
     assert load_checkpoint(halves / "best.pt")[1]["step"] == 30
 
 
+def test_losses_on_other_tokens_are_not_compared(halves, data, capsys):
+    checkpoint = load_checkpoint(halves / "step-00000020.pt")[1]
+    del checkpoint["path"]
+    save_checkpoint(halves, {**checkpoint, "val_loss": 0.1}, best=True)
+    args = [*SHORT, "--data", str(data), "--out", str(halves), "--resume"]
+    main([*args, "--eval_tokens", "1024"])
+    warning = "best.pt was evaluated on 512 tokens, not on 1024: the next checkpoint replaces it"
+    assert warning in capsys.readouterr().err
+    assert load_checkpoint(halves / "best.pt")[1]["step"] == 30
+
+
 def test_a_run_of_which_only_the_best_is_left_goes_on_from_it(whole, halves, data):
     """Nor does a new run take its place."""
     shutil.copyfile(halves / "step-00000020.pt", halves / "best.pt")
