@@ -357,9 +357,11 @@ def caption(findings: Findings, explains: str) -> str:
 
 
 def report(name: str, study: Study, results: list[dict]) -> str:
-    """What --table prints, in Markdown."""
+    """What --table prints, in Markdown: nothing yet if all runs are those of other studies."""
     parts = []
     for findings in by_data(study, results):
+        if all(run["study"] != name for runs in findings.results.values() for run in runs.values()):
+            continue
         if name == "time_to_loss":
             parts += [time_table(findings), caption(findings, TIMES)]
             continue
@@ -368,7 +370,7 @@ def report(name: str, study: Study, results: list[dict]) -> str:
             parts.append(sensitivity_table(findings))
         baseline = "without knocks" if study.baseline == "none" else f"with {study.baseline}"
         parts.append(caption(findings, DIFFERENCES.format(baseline=baseline)))
-    return "\n".join(part for part in parts if part) or "No run has ended yet.\n"
+    return "\n".join(part for part in parts if part) or "No run of its own has ended yet.\n"
 
 
 def fill(text: str, studies: dict[str, Study], results: list[dict]) -> str:

@@ -323,6 +323,7 @@ def result(run, val_loss, data="abc", **more):
     """A made-up line of the results."""
     loss = {"val_loss": val_loss, "val_bpb": val_loss and val_loss * 2}
     return {
+        "study": "tiny",
         "run": run.command,
         "seed": run.seed,
         **loss,
@@ -346,12 +347,12 @@ def result(run, val_loss, data="abc", **more):
     }
 
 
-def made_up(runs, key, losses):
+def made_up(runs, key, losses, **more):
     """Results of the first runs of each key, with these losses."""
     results = []
     for name, some in losses.items():
         of_key = [run for run in runs if key(run) == name]
-        results += [result(run, loss) for run, loss in zip(of_key, some, strict=False)]
+        results += [result(run, loss, **more) for run, loss in zip(of_key, some, strict=False)]
     return results
 
 
@@ -403,6 +404,16 @@ def test_a_caption_names_all_versions():
     )
 
 
+def test_runs_of_another_study_alone_make_no_table():
+    runs = study.grid({"1": "toy", "2": "small"}, ["none", "mlp on v"], [1])
+    shared = [result(run, 1.0) for run in runs[:2]]
+    found = study.Study("group", runs)
+    assert report.report("other", found, shared) == "No run of its own has ended yet.\n"
+    text = report.report("other", found, [*shared, result(runs[2], 2.0, study="other")])
+    rows = re.findall(r"^\| (\d) \| (none|mlp on v) \|", text, re.MULTILINE)
+    assert rows == [("1", "none"), ("1", "mlp on v"), ("2", "none")]
+
+
 def test_sensitivity_to_the_learning_rate_worked_out_by_hand():
     groups = {"0.001": "toy --lr 0.001", "0.002": "toy --lr 0.002", "0.004": "toy --lr 0.004"}
     runs = study.grid(groups, ["none", "mlp on v"], [1, 2])
@@ -412,7 +423,7 @@ def test_sensitivity_to_the_learning_rate_worked_out_by_hand():
         ("mlp on v", 1): [0.9, 1.2, 1.5],
         ("mlp on v", 2): [0.9, 1.2],  # incomplete: does not count
     }
-    results = made_up(runs, lambda run: (run.kind, run.seed), losses)
+    results = made_up(runs, lambda run: (run.kind, run.seed), losses, study="stability")
     text = report.report("stability", study.Study("learning rate", runs), results)
     # none: (1.0 + 1.3 + 6.0) / 3 - 1.0 = 1.7667, both seeds; mlp: (0.9 + 1.2 + 1.5) / 3 - 0.9 = 0.3
     assert "| none | 1.7667 | 2 |  |  |\n| mlp on v | 0.3000 | 1 | −1.4667 | 1 |\n" in text
@@ -426,7 +437,7 @@ def test_time_to_loss_worked_out_by_hand():
     losses = [1.2, 1.3, 1.4, 1.1, 1.25, None]
     results = []
     for run, loss in zip(runs, losses, strict=True):
-        some = result(run, loss, tokens=2_000_000)
+        some = result(run, loss, tokens=2_000_000, study="time_to_loss")
         some["tokens_per_s"] = 50_000 if run.kind == "nanoGPT" else 40_000
         some["evals"] = [[5, 2.0, 4.0], [10, 1.5, 3.0], [20, loss, 6.0]]
         some["settings"] = {"batch_tokens": 100_000, "steps": 20}
@@ -478,7 +489,8 @@ def test_update_rewrites_tables_and_draws_pictures(monkeypatch, capsys):
         for run in some.runs:
             if run.seed <= 2 and run.command not in done:
                 done.add(run.command)
-                report.append_result(folder / f"{name}.jsonl", result(run, 1.0 + 0.01 * run.seed))
+                line = result(run, 1.0 + 0.01 * run.seed, study=name)
+                report.append_result(folder / f"{name}.jsonl", line)
     matrices = {f"blocks.{i}.attn.wv.knock.{m}": np.eye(8) for i in range(2) for m in ("t", "gate")}
     np.savez_compressed(folder / "figure3-linear-on-v.npz", **matrices)
     (folder / "README.md").write_text("Types:\n<!-- study types -->\nold\n<!-- end -->\nend\n")
