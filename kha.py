@@ -90,8 +90,8 @@ class Knock(nn.Module):
         gate     2 x_i * sigmoid(x_i W^gate)                        Table 2: a higher loss
 
     No head reads another head's numbers. The heads interact because they share these D x D
-    matrices, where all their gradients meet. At the start the knock returns x_i, bit for bit: T,
-    W^up and W^down are the identity, W^gate is zero, and 2 sigmoid(0) = 1 (section 3.3).
+    matrices and all train them. At the start the knock returns x_i, bit for bit: T (t below), W^up
+    and W^down are the identity, W^gate is zero, and 2 sigmoid(0) = 1 (section 3.3).
     """
 
     def __init__(self, kind: str, head_dim: int):
@@ -106,11 +106,11 @@ class Knock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Every head of x (..., H, D) on its own: the same shape."""
         if self.kind == "linear":
-            return x @ self.t.to(x.dtype)  # Heads does not come here: T is in its weight
+            return x @ self.t.to(x.dtype)  # not used by Heads: see its forward
         if self.kind == "mlp":
             up, gate, down = self.up.to(x.dtype), self.gate.to(x.dtype), self.down.to(x.dtype)
             if can_fuse(x):
-                return fused_mlp(x, up, gate, down)  # the same as one kernel, see below
+                return fused_mlp(x, up, gate, down)  # one kernel: the end of this file
             return (2 * (x @ up) * torch.sigmoid(x @ gate)) @ down
         if self.kind == "gate":
             return 2 * x * torch.sigmoid(x @ self.gate.to(x.dtype))
@@ -122,7 +122,7 @@ class Heads(nn.Module):
 
     def __init__(self, n_in: int, n_head: int, head_dim: int, knock: str = "none"):
         super().__init__()
-        # The weight of nn.Linear is transposed: rows i * D to (i + 1) * D are those of head i.
+        # As in nn.Linear: rows i * D to (i + 1) * D are the transposed W_i of head i.
         self.weight = nn.Parameter(torch.empty(n_head * head_dim, n_in))
         self.knock = Knock(knock, head_dim)
 
@@ -294,7 +294,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{T} tokens are more than the model's context of {config.block_size}")
         if position is None:
             position = torch.arange(T, device=tokens.device)
-        else:  # a token sees the cache up to its own position, so never its unfilled places
+        else:  # a token sees the cache up to its own position, and not the empty places after it
             mask = torch.arange(cache.length, device=tokens.device) <= position[:, None]  # (T, S)
         rope = rope_tables(position, config.rope_dim, config.rope_base)
         common = Common(position, rope, mask)

@@ -101,13 +101,13 @@ class MoE(nn.Module):
         x = x.reshape(-1, shape[-1])  # (N, C)
         chosen, weights = self.route(x)
         if not self.training and chosen.numel() < self.n_expert:
-            # Sampling: not all experts are needed, so read the weights of the chosen ones only.
+            # Sampling: not all experts are needed, so read the matrices of the chosen ones only.
             h = x[:, None, None] @ self.experts_up[chosen].to(x.dtype)  # (N, K, 1, 2F)
             h = (swiglu(h) * weights[..., None, None]).to(x.dtype)  # (N, K, 1, F)
             return (h @ self.experts_down[chosen].to(x.dtype)).sum(1).view(shape)
 
         # Slot n*K + j is choice j of token n. Sorted by expert, the slots of an expert are
-        # neighbours: one grouped matmul runs all experts, without a capacity, and drops no token.
+        # neighbours: one grouped matmul runs all experts, with any number of tokens each.
         # int16 sorts faster than int64.
         sorted_expert, order = chosen.flatten().to(torch.int16).sort(stable=True)  # (N*K,)
         slots = torch.arange(len(order), device=x.device)

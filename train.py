@@ -184,8 +184,9 @@ def update(
 ) -> Tensor:
     """One optimizer step on micro-batches (n_micro, B, T + 1) of token ids.
 
-    Returns a tensor (4,): loss, grad_norm, worst_load, and 1 if loss and gradient are finite. If it
-    is 0, the weights stay as they were. It is on the device, and the CPU has not waited for it.
+    `parallel` is what to call for the loss: the model itself, or DDP around it. Returns a tensor
+    (4,): loss, grad_norm, worst_load, and 1 if loss and gradient are finite. With a 0 there the
+    weights stay as they were. The tensor is on the device; the CPU has not waited for it.
     """
     loss = torch.zeros((), device=micros.device)
     for i, rows in enumerate(micros):
@@ -198,9 +199,9 @@ def update(
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()
     finite = loss.isfinite() & grad_norm.isfinite()
-    optimizer.found_inf = (~finite).float()  # AdamW reads it on the device
+    optimizer.found_inf = (~finite).float()  # fused AdamW skips its step if this is 1
     optimizer.step()
-    # DDP's gradients stay in its buckets, or accumulation would make a second set.
+    # DDP's gradients stay in its buckets. With None, backward would make others beside them.
     optimizer.zero_grad(set_to_none=not isinstance(parallel, DistributedDataParallel))
     worst_load = balance(model, train.balance_rate * finite, train.balance)
     return torch.stack((loss, grad_norm, worst_load, finite))

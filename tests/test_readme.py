@@ -20,7 +20,7 @@ def test_the_reading_guide_names_what_is_there(name, file):
 
 
 def test_the_differences_in_the_table_are_those_of_the_study():
-    shown = re.findall(r"after (\w+) bytes ([+−]\d\.\d+ ± \d\.\d+)", README)
+    shown = re.findall(r"runs of (\w+) bytes: ([+−]\d\.\d+ ± \d\.\d+)", README)
     results = (ROOT / "tests" / "results" / "README.md").read_text()
     table = results.split("<!-- study tokens -->")[1].split("<!-- end -->")[0]
     assert shown == re.findall(r"^\| (\w+) \| mlp on v .* \| (.* ± .*) \| \d+ \|$", table, re.M)
