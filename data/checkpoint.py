@@ -99,9 +99,9 @@ class Saver:
     def __init__(self, folder: str, start: int, model: nn.Module | None = None):
         self.folder, self.thread, self.error, self.memory = folder, None, None, None
         self.best = None if start else math.inf  # held-out loss of best.pt; None: not yet read
-        if model:
+        if model is not None:
             weights = sharded.get_model_state_dict(model)
-            self.start(self.reserve, {name: (w.shape, w.dtype) for name, w in weights.items()})
+            self.begin(self.reserve, {name: (w.shape, w.dtype) for name, w in weights.items()})
 
     def collect(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
         """What `collect` gives, as soon as the checkpoint before is on the disk."""
@@ -112,9 +112,9 @@ class Saver:
     def save(self, checkpoint: dict) -> None:
         """Start to write a checkpoint. Waits for the one before; raises its error if it failed."""
         self.wait()
-        self.start(self.write, checkpoint)
+        self.begin(self.write, checkpoint)
 
-    def start(self, work: Callable[[dict], None], what: dict) -> None:
+    def begin(self, work: Callable[[dict], None], what: dict) -> None:
         """Do some work in a thread. The next `wait` raises its error."""
 
         def run() -> None:
