@@ -28,7 +28,6 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import checkpoint as files
@@ -45,6 +44,7 @@ from data.processes import (
     n_processes,
     sum_over_processes,
     synchronising,
+    whole,
 )
 from data.script import Signals, add_fields, parse_args, run_script
 from data.tokens import (
@@ -195,9 +195,7 @@ def update(
             part.backward()
         loss += part.detach()
     loss = sum_over_processes(loss) / n_processes()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
+    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip))
     finite = loss.isfinite() & grad_norm.isfinite()
     optimizer.found_inf = (~finite).float()  # fused AdamW skips its step if this is 1
     optimizer.step()

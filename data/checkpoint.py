@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict as sharded
-from torch.distributed.tensor import DTensor
 
+from data.processes import whole
 from data.script import sync
 from kha import Config, Transformer
 
@@ -62,10 +62,10 @@ def copy(tree, memory=None, keep: bool = True):
         return [copy(value, keep=keep) for value in tree]
     if not isinstance(tree, torch.Tensor):
         return tree
-    whole = tree.full_tensor() if isinstance(tree, DTensor) else tree
+    tensor = whole(tree)
     if not keep:
         return None
-    return (torch.empty_like(whole, device="cpu") if memory is None else memory).copy_(whole)
+    return (torch.empty_like(tensor, device="cpu") if memory is None else memory).copy_(tensor)
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from data.loss import LOGITS_AT_ONCE
+from data.processes import whole
 from kha import Config, Heads, Knock, Transformer
 
 # Peak dense bfloat16 FLOP/s by the vendor's datasheet, the denominator of MFU.
@@ -31,8 +32,7 @@ def knock_movement(model: Transformer) -> dict[str, tuple[float, float]]:
     movement = {}
     for place, knock in knocks_of(model).items():
         for name, p in knock.named_parameters():
-            if hasattr(p, "full_tensor"):
-                p = p.full_tensor()  # FSDP keeps parameters in parts
+            p = whole(p)
             diagonal = p.diagonal()
             rest = p - diagonal.diag()
             movement[f"{place}.{name}"] = (diagonal.mean().item(), rest.norm().item())

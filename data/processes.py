@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -42,6 +43,11 @@ def sum_over_processes(x: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+def whole(x: Tensor) -> Tensor:
+    """x itself, or all of what FSDP keeps in parts. Then all processes call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def synchronising(model: nn.Module, last: bool):

@@ -160,6 +160,11 @@ class Findings:
                 of_kind = self.results.setdefault((run.group, run.kind), {})
                 of_kind[run.seed] = by_run[run.command]
 
+    @property
+    def runs(self) -> list[dict]:
+        """All these results, group by group and kind by kind."""
+        return [run for by_seed in self.results.values() for run in by_seed.values()]
+
     def pairs(self, group: str, kind: str) -> list[tuple[dict, dict]]:
         """The results of a kind with those of its baselines, where neither diverged.
 
@@ -339,7 +344,7 @@ def version(run: dict) -> str:
 
 def caption(findings: Findings, explains: str) -> str:
     """What the numbers of a table are, and what its runs have in common."""
-    runs = [run for by_seed in findings.results.values() for run in by_seed.values()]
+    runs = findings.runs
     train, held_out = (f"{size / 1e6:.1f}M" for size in runs[0]["data_bytes"])
     tokens = sorted({run["tokens"] for run in runs if run["val_loss"] is not None})
     versions: dict[str, set[str]] = {}
@@ -360,7 +365,7 @@ def report(name: str, study: Study, results: list[dict]) -> str:
     """What --table prints, in Markdown: nothing yet if all runs are those of other studies."""
     parts = []
     for findings in by_data(study, results):
-        if all(run["study"] != name for runs in findings.results.values() for run in runs.values()):
+        if all(run["study"] != name for run in findings.runs):
             continue
         if name == "time_to_loss":
             parts += [time_table(findings), caption(findings, TIMES)]

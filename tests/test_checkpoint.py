@@ -122,9 +122,13 @@ def test_a_disk_that_cannot_sync_folders_takes_checkpoints(tmp_path, monkeypatch
     assert files == ["step-00000002.pt", "step-00000003.pt", "step-00000004.pt"]
 
 
-def test_an_error_elsewhere_waits_for_the_checkpoint(tmp_path, monkeypatch):
+@pytest.fixture
+def slow_save(monkeypatch):
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda *args: (time.sleep(0.2), save(*args)))
+
+
+def test_an_error_elsewhere_waits_for_the_checkpoint(tmp_path, slow_save):
     with pytest.raises(KeyboardInterrupt), Saver(tmp_path, start=0) as saver:
         saver.save({**tiny_checkpoint(1)[1], "val_loss": None})
         raise KeyboardInterrupt
@@ -160,9 +164,7 @@ def test_all_checkpoints_are_copied_into_memory_that_is_made_at_the_start(tmp_pa
         assert equal_weights(second["optimizer"]["state"][name], optimizer.state[p])
 
 
-def test_a_checkpoint_is_on_the_disk_before_the_next_takes_its_memory(tmp_path, monkeypatch):
-    save = torch.save
-    monkeypatch.setattr(torch, "save", lambda *args: (time.sleep(0.2), save(*args)))
+def test_a_checkpoint_is_on_the_disk_before_the_next_takes_its_memory(tmp_path, slow_save):
     model, optimizer = trained_once()
     before = copy(model.state_dict())
     checkpoint = {**tiny_checkpoint(1)[1], "val_loss": None}
