@@ -89,9 +89,8 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
 
 class Saver:
     """Writes a run's checkpoints in a thread, while training goes on. As a context it ends when all
-    is on the disk. `start` is the step after which the run goes on, 0 for a new run; `held_out` is
-    how many held-out tokens there are. `error` is what the thread failed with, until `wait` raises
-    it.
+    is on the disk. `start` is the step after which the run goes on, 0 for a new run, and `held_out`
+    the number of held-out tokens. `error` is the thread's, until `wait` raises it.
 
     A checkpoint stays in memory, and the next one is copied into it. Training waits for this copy,
     and into new memory it takes ten times as long. With a `model` the thread makes that memory
