@@ -142,7 +142,8 @@ def load_meta(folder: str) -> dict[str, Any]:
         # folders that an earlier version prepared have no hash: nothing shows if theirs is right
         if hashlib.sha256(path.read_bytes()).hexdigest() != meta.get("tokenizer_sha256"):
             raise ValueError(f"{path} is not known to be the tokenizer of these data (meta.json "
-                             f"does not have its sha256): put the right one back, or {again}")
+                             "does not have its sha256): put the right one back or, if an earlier "
+                             f"version prepared them, {again}")
         meta["tokenizer"] = str(path)
     return meta
 
