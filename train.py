@@ -231,11 +231,11 @@ def graphed(step: Callable[[Tensor], Tensor], micros: Tensor) -> Callable[[Tenso
     return run
 
 
-def to_cpu(numbers: Tensor, came: bool) -> Callable[[], list[float]]:
-    """Copy an update's numbers to the CPU without waiting, with one more at the end: above 0 if a
-    signal came to any process. Returns a function that waits for the copy and gives the list."""
-    came = sum_over_processes(torch.full((1,), float(came), device=numbers.device))
-    numbers = torch.cat((numbers, came))
+def to_cpu(numbers: Tensor, stops: bool) -> Callable[[], list[float]]:
+    """Copy an update's numbers to the CPU without waiting, with one more at the end: above 0 if any
+    process stops. Returns a function that waits for the copy and gives the list."""
+    stops = sum_over_processes(torch.full((1,), float(stops), device=numbers.device))
+    numbers = torch.cat((numbers, stops))
     copy = numbers.to("cpu", non_blocking=True)
     if not numbers.is_cuda:
         return copy.tolist
@@ -394,8 +394,8 @@ def main(argv: list[str]) -> None:
     step_once = partial(update, model, parallel, optimizer, train)
     ahead = 1 if device.startswith("cuda") else 0  # updates that a GPU has waiting
     waiting, stopping = deque(), False
-    model.train()
-    saver = files.Saver(train.out, start, model if rank == 0 and train.save_every else None)
+    reserves = rank == 0 and train.save_every and start < train.steps
+    saver = files.Saver(train.out, start, meta["val"]["tokens"], model if reserves else None)
     with Signals() as signals, advice_on_memory(config, train, n_process), saver:
         micros = draw(start)
         can_graph = n_process == 1 and len(micros) == 1 and can_capture(model)
@@ -406,7 +406,7 @@ def main(argv: list[str]) -> None:
             if can_graph and step == start + 1:
                 step_once = graphed(step_once, micros)
             numbers = step_once(micros)
-            waiting.append((done, lr, to_cpu(numbers, signals.came)))
+            waiting.append((done, lr, to_cpu(numbers, signals.came or bool(saver.error))))
             micros = draw(done)  # while the device computes
 
             evaluates = last or done % train.eval_every == 0

@@ -89,15 +89,17 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
 
 class Saver:
     """Writes a run's checkpoints in a thread, while training goes on. As a context it ends when all
-    is on the disk. `start` is the step after which the run goes on, 0 for a new run.
+    is on the disk. `start` is the step after which the run goes on, 0 for a new run, and `held_out`
+    the number of held-out tokens. `error` is the thread's, until `wait` raises it.
 
     A checkpoint stays in memory, and the next one is copied into it. Training waits for this copy,
     and into new memory it takes ten times as long. With a `model` the thread makes that memory
     at once, so that the first copy is short, too.
     """
 
-    def __init__(self, folder: str, start: int, model: nn.Module | None = None):
-        self.folder, self.thread, self.error, self.memory = folder, None, None, None
+    def __init__(self, folder: str, start: int, held_out: int, model: nn.Module | None = None):
+        self.folder, self.held_out = folder, held_out
+        self.thread, self.error, self.memory = None, None, None
         self.best = None if start else math.inf  # held-out loss of best.pt; None: not yet read
         if model is not None:
             weights = sharded.get_model_state_dict(model)
@@ -128,23 +130,31 @@ class Saver:
 
     def reserve(self, weights: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
         """Make the memory for weights and AdamW's moments. Zeros are written to it, because the
-        system finds memory only then."""
-        model = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in weights.items()}
-        moments = ("exp_avg", "exp_avg_sq")
-        state = {name: {key: torch.zeros_like(model[name]) for key in moments} for name in model}
+        system finds memory only then. Raises OSError if there is too little."""
+        model, state = {}, {}
+        try:
+            for name, (shape, dtype) in weights.items():
+                model[name] = torch.zeros(shape, dtype=dtype)
+                moments = ("exp_avg", "exp_avg_sq")
+                state[name] = {key: torch.zeros(shape, dtype=dtype) for key in moments}
+        except (MemoryError, RuntimeError) as error:  # RuntimeError is torch's
+            del model, state  # or their part would stay, and training might fail first
+            reason = str(error).split("\n")[0]
+            raise OSError(f"no memory for the checkpoints of {self.folder} ({reason})") from error
         self.memory = {"model": model, "optimizer": {"state": state}}
 
     def write(self, checkpoint: dict) -> None:
         """`save_checkpoint`, as best.pt too if no held-out loss is lower."""
         loss = checkpoint["val_loss"]
         if loss is not None and self.best is None:
-            self.best = best_loss(self.folder, checkpoint["train"].get("eval_tokens"))
+            self.best = best_loss(self.folder, checkpoint["train"]["eval_tokens"], self.held_out)
         best = loss is not None and loss < self.best
         save_checkpoint(self.folder, checkpoint, best)
         self.best = loss if best else self.best
 
     def wait(self) -> None:
-        """Wait until all is on the disk. Raises OSError if a checkpoint could not be written."""
+        """Wait until all is on the disk. Raises OSError if a checkpoint could not be written, or if
+        there is too little memory for it."""
         if self.thread:
             self.thread.join()
         self.thread, error, self.error = None, self.error, None
@@ -226,17 +236,21 @@ def remove(*paths: str) -> None:
             os.remove(path)
 
 
-def best_loss(folder: str, eval_tokens: int | None) -> float:
+def best_loss(folder: str, eval_tokens: int, held_out: int) -> float:
     """The held-out loss of best.pt, infinite if there is none. It is infinite, too, and a warning
-    says so, if the file is damaged or its loss is not that of so many held-out tokens."""
+    says so, if the file is damaged or its loss is not that of the first `eval_tokens` of all
+    `held_out` tokens."""
     path = os.path.join(folder, "best.pt")
     try:
         best = read_checkpoint(path)
-        before = best["train"].get("eval_tokens")
-        if before != eval_tokens:
+        loss, before = best.get("val_loss"), best["train"].get("eval_tokens")
+        if loss is None:  # as in a copy that the user made
+            return math.inf
+        if not (isinstance(loss, int | float) and math.isfinite(loss) and isinstance(before, int)):
+            raise ValueError(f"{path} has a val_loss or eval_tokens that is not a finite number")
+        if before != eval_tokens and min(before, eval_tokens) < held_out:
             raise ValueError(f"{path} was evaluated on {before} tokens, not on {eval_tokens}")
-        loss = best.get("val_loss")
-        return math.inf if loss is None else loss  # a copy that the user made may have none
+        return loss
     except FileNotFoundError:
         return math.inf
     except ValueError as error:

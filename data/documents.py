@@ -255,6 +255,7 @@ def read_documents(sources: list[Source], field: str, left_out: LeftOut) -> Iter
                 yield from read_rows(source, field, left_out)
         except (EOFError, zlib.error, csv.Error, OSError) as error:
             if isinstance(error, OSError) and error.errno:  # of the system, not of what is read
+                error.filename = error.filename or source.name
                 raise
             raise ValueError(f"{source.name} is damaged, fetch it again: {error}") from error
     left_out.check_rows(field)

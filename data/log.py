@@ -142,7 +142,7 @@ class Log:
 
     def update(self, step: int, lr: float, numbers: Callable[[], list]) -> tuple[bool, bool]:
         """Wait for an update's numbers and log them: loss, grad_norm, worst_load (0 for a dense
-        model), whether they are finite, and whether a signal came; returns these last two.
+        model), whether they are finite, and whether the run stops; returns these last two.
 
         Raises ValueError after MAX_SKIPPED updates in a row that were not finite.
         """

@@ -174,7 +174,7 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
             splits = split_tokens(work, ends, np.frombuffer(digests, np.uint64), val_fraction,
                                   encoding)
             stdlib = f"the standard library of Python {platform.python_version()}"
-            meta = {"tokenizer": keep_tokenizer(encoding, work), "vocab_size": encoding.n_vocab,
+            meta = {**keep_tokenizer(encoding, work), "vocab_size": encoding.n_vocab,
                     "eot": encoding.eot_token, "dtype": token_dtype(encoding).name,
                     "sources": inputs or [stdlib], "val_fraction": val_fraction,
                     "skipped_files": left_out.skipped_files, "skipped_rows": left_out.skipped_rows,
@@ -182,6 +182,10 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
             (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
             verify_tokens(str(work))
             publish(work, target)
+    except OSError as error:
+        if error.errno and not error.filename:  # a write that fails names no file
+            error.filename = out
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
     return meta

@@ -65,13 +65,15 @@ def definition(name: str) -> str:
     return Path(name).read_text(encoding="utf-8", errors="replace").lstrip()
 
 
-def keep_tokenizer(tokenizer: tiktoken.Encoding, folder: Path) -> str:
+def keep_tokenizer(tokenizer: tiktoken.Encoding, folder: Path) -> dict[str, str]:
     """What meta.json in `folder` says of a tokenizer: its name, or tokenizer.json, which is then
-    copied there."""
-    if isinstance(tokenizer, JsonTokenizer):
-        (folder / TOKENIZER_FILE).write_text(tokenizer.text, encoding="utf-8")
-        return TOKENIZER_FILE
-    return tokenizer.name
+    copied there, and the hash of that file."""
+    if not isinstance(tokenizer, JsonTokenizer):
+        return {"tokenizer": tokenizer.name}
+    path = folder / TOKENIZER_FILE
+    path.write_text(tokenizer.text, encoding="utf-8")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"tokenizer": TOKENIZER_FILE, "tokenizer_sha256": digest}
 
 
 def tokenizer_for_checkpoint(tokenizer: tiktoken.Encoding) -> str:
@@ -106,11 +108,12 @@ def token_dtype(encoding: tiktoken.Encoding) -> np.dtype:
 def load_meta(folder: str) -> dict[str, Any]:
     """The meta.json of a prepared folder. That its files are there and complete is checked.
 
-    Keys: tokenizer (what load_tokenizer takes), vocab_size, eot (a token id), sources,
-    val_fraction, dtype (of the .bin files), skipped_files, skipped_rows, dropped_documents, and for
-    train and val each: documents, tokens, bytes (of UTF-8 text) and sha256 (of the .bin file). Nats
-    per token * tokens / bytes / ln 2 are bits per byte. Raises FileNotFoundError if a file is
-    missing, ValueError if one is damaged.
+    Keys: tokenizer (what load_tokenizer takes), tokenizer_sha256 (if that is a file), vocab_size,
+    eot (a token id), sources, val_fraction, dtype (of the .bin files), skipped_files, skipped_rows,
+    dropped_documents, and for train and val each: documents, tokens, bytes (of UTF-8 text) and
+    sha256 (of the .bin file). Nats per token * tokens / bytes / ln 2 are bits per byte. Raises
+    FileNotFoundError if a file is missing, ValueError if one is damaged, or if the tokenizer.json
+    is not the one of the tokens.
     """
     again = f"delete {folder} and run data/prepare.py again"
     path = Path(folder, "meta.json")
@@ -125,8 +128,6 @@ def load_meta(folder: str) -> dict[str, Any]:
                   *((meta[split], ("bytes", "sha256")) for split in SPLITS)]
         if not all(key in part for part, keys in needed for key in keys):
             raise KeyError
-        if meta["tokenizer"] == TOKENIZER_FILE:
-            meta["tokenizer"] = str(Path(folder, TOKENIZER_FILE))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {again}") from error
     for split, size in sizes.items():
@@ -136,6 +137,14 @@ def load_meta(folder: str) -> dict[str, Any]:
         if path.stat().st_size != size:
             raise ValueError(f"{path} is truncated or changed: it has {path.stat().st_size} bytes, "
                              f"meta.json says {size}: {again}")
+    if meta["tokenizer"] == TOKENIZER_FILE:
+        path = Path(folder, TOKENIZER_FILE)
+        # folders that an earlier version prepared have no hash: nothing shows if theirs is right
+        if hashlib.sha256(path.read_bytes()).hexdigest() != meta.get("tokenizer_sha256"):
+            raise ValueError(f"{path} is not known to be the tokenizer of these data (meta.json "
+                             "does not have its sha256): put the right one back or, if an earlier "
+                             f"version prepared them, {again}")
+        meta["tokenizer"] = str(path)
     return meta
 
 

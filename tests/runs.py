@@ -138,7 +138,9 @@ def weights_of(out):
 
 def equal_weights(one, two):
     """Whether two state dicts have the same names and the same tensors, to the bit."""
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    return one.keys() == two.keys() and all(
+        one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in one
+    )
 
 
 def assert_same_run(one, two):

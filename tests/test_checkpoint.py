@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import math
 import os
 import resource
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from data.checkpoint import (
     FORMAT,
@@ -37,7 +39,7 @@ def tiny_checkpoint(step):
         "model": model.state_dict(),
         "step": step,
         "tokenizer": "byte",
-        "train": {},
+        "train": {"eval_tokens": 8},
         "format": FORMAT,
     }
 
@@ -61,7 +63,7 @@ def test_the_best_is_kept_beside_the_last_two(tmp_path):
     """A step that was not evaluated has no loss. Of equal losses the first stays the best."""
     losses, bests = [3.0, 2.0, None, 2.0, 2.5, 1.0], [1, 2, 2, 2, 2, 6]
     for step, (loss, best) in enumerate(zip(losses, bests, strict=True), start=1):
-        with Saver(tmp_path, start=step - 1) as saver:  # each time as a run that is resumed
+        with Saver(tmp_path, start=step - 1, held_out=8) as saver:  # as a run that is resumed
             saver.save({**tiny_checkpoint(step)[1], "val_loss": loss})
         checkpoint = load_checkpoint(tmp_path)[1]
         assert checkpoint["step"] == best and checkpoint["path"] == f"{tmp_path}/best.pt"
@@ -129,7 +131,7 @@ def slow_save(monkeypatch):
 
 
 def test_an_error_elsewhere_waits_for_the_checkpoint(tmp_path, slow_save):
-    with pytest.raises(KeyboardInterrupt), Saver(tmp_path, start=0) as saver:
+    with pytest.raises(KeyboardInterrupt), Saver(tmp_path, start=0, held_out=8) as saver:
         saver.save({**tiny_checkpoint(1)[1], "val_loss": None})
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]
@@ -150,7 +152,7 @@ def test_all_checkpoints_are_copied_into_memory_that_is_made_at_the_start(tmp_pa
         return [t.data_ptr() for t in (*state["model"].values(), *moments) if t.dim()]
 
     model, optimizer = trained_once()
-    with Saver(tmp_path, start=0, model=model) as saver:
+    with Saver(tmp_path, start=0, held_out=8, model=model) as saver:
         saver.wait()
         reserved = set(tensors(saver.memory))
         first = tensors(saver.collect(model, optimizer))
@@ -164,11 +166,20 @@ def test_all_checkpoints_are_copied_into_memory_that_is_made_at_the_start(tmp_pa
         assert equal_weights(second["optimizer"]["state"][name], optimizer.state[p])
 
 
+def test_only_the_first_process_keeps_a_copy(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    kept = collect(*trained_once())
+    assert len(kept["model"]) > 20 and set(kept["model"].values()) == {None}
+    moments = [m for of_one in kept["optimizer"]["state"].values() for m in of_one.values()]
+    assert len(moments) > 40 and set(moments) == {None}
+
+
 def test_a_checkpoint_is_on_the_disk_before_the_next_takes_its_memory(tmp_path, slow_save):
     model, optimizer = trained_once()
     before = copy(model.state_dict())
     checkpoint = {**tiny_checkpoint(1)[1], "val_loss": None}
-    with Saver(tmp_path, start=0, model=model) as saver:
+    with Saver(tmp_path, start=0, held_out=8, model=model) as saver:
         saver.save(checkpoint | saver.collect(model, optimizer))
         optimizer.step()
         saver.collect(model, optimizer)
@@ -221,12 +232,19 @@ def test_what_is_whole_but_no_checkpoint_is_refused_in_one_line(change, tmp_path
         start_from(tmp_path, {})
 
 
-def test_a_best_checkpoint_without_a_loss_gives_way(tmp_path):
-    """Such as a copy that the user made."""
-    save_checkpoint(tmp_path, tiny_checkpoint(1)[1], best=True)
-    with Saver(tmp_path, start=1) as saver:
+@pytest.mark.parametrize(
+    "loss,tokens", [(None, 4), (math.nan, 8), (-math.inf, 8), ("text", 8), (2.0, "text")]
+)
+def test_a_best_checkpoint_without_a_loss_gives_way(loss, tokens, tmp_path, capsys):
+    """One with None is no fault, such as a copy that the user made."""
+    first = {**tiny_checkpoint(1)[1], "train": {"eval_tokens": tokens}, "val_loss": loss}
+    save_checkpoint(tmp_path, first, best=True)
+    with Saver(tmp_path, start=1, held_out=8) as saver:
         saver.save({**tiny_checkpoint(2)[1], "val_loss": 3.0})
     assert load_checkpoint(tmp_path / "best.pt")[1]["step"] == 2
+    warning = capsys.readouterr().err
+    assert ("val_loss or eval_tokens that is not a finite number" in warning) == bool(loss)
+    assert warning.count("\n") == bool(loss)
 
 
 def test_what_goes_on_does_not_stay_in_the_file(tmp_path):

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import tomllib
 import tracemalloc
 import types
 from array import array
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -62,9 +64,10 @@ def write_texts(folder, numbers):
         (folder / f"{i}.txt").write_text(f"text number {i}\n")
 
 
-def run(*argv, cwd=None, script="data/prepare.py", **env):
+def run(*argv, cwd=None, script="data/prepare.py", preexec_fn=None, **env):
     return subprocess.run([sys.executable, ROOT / script, *map(str, argv)], cwd=cwd,
-                          env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
+                          env={**os.environ, **env}, capture_output=True, text=True, timeout=300,
+                          preexec_fn=preexec_fn)
 
 
 def assert_refused(result, *words):
@@ -853,13 +856,25 @@ def test_a_damaged_file_is_named(tmp_path, ending, inside):
 
 
 def test_a_disk_that_fails_is_not_called_a_damaged_file(tmp_path, monkeypatch):
-    def fail(path):
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+    def fail(stream):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(documents, "open_file", fail)
+    monkeypatch.setattr(documents, "read_pieces", fail)
     write_texts(tmp_path / "in", [1])
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OSError, match="Input/output error") as error:
         prepare([str(tmp_path / "in")], str(tmp_path / "out"))
+    assert error.value.filename == str(tmp_path / "in" / "1.txt")
+
+
+@pytest.mark.parametrize("n_lines", [30, 5000], ids=["meta.json", "train.bin"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, n_lines):
+    """The line names the folder. 30 lines are 302 bytes of tokens, meta.json has some 500."""
+    (tmp_path / "a.txt").write_text("line\n" * n_lines)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))
+    result = run("a.txt", "--out", "out", cwd=tmp_path, preexec_fn=limit,
+                 PYTHONDONTWRITEBYTECODE="1")
+    assert_refused(result, "error: out: File too large")
+    assert os.listdir(tmp_path) == ["a.txt"]
 
 
 @pytest.mark.parametrize("content", [

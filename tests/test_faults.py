@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import train
-from data.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from data.checkpoint import Saver, list_checkpoints, load_checkpoint, save_checkpoint
 from data.log import Log, Progress
 from kha import Transformer
 from tests.runs import (
@@ -92,7 +92,8 @@ def test_killed_at_any_moment_and_resumed_is_the_same_run(data, tmp_path):
     assert names(out) == ["best.pt", "log.jsonl", "step-00000199.pt", "step-00000200.pt"]
 
 
-def test_a_finished_run_resumes_to_its_sample(whole, halves, data, capsys):
+def test_a_finished_run_resumes_to_its_sample(whole, halves, data, capsys, monkeypatch):
+    monkeypatch.setattr(Saver, "reserve", None)  # it needs no memory for checkpoints
     main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
     output = capsys.readouterr().out
     assert "going on after step 30" in output
@@ -217,15 +218,18 @@ def test_a_damaged_best_checkpoint_is_replaced(halves, data, capsys):
     assert load_checkpoint(halves / "best.pt")[1]["step"] == 30
 
 
-def test_losses_on_other_tokens_are_not_compared(halves, data, capsys):
+@pytest.mark.parametrize("before,now,best", [(512, 1024, 30), (10**6, 512, 30), (10**6, 10**7, 20)])
+def test_losses_on_other_tokens_are_not_compared(before, now, best, halves, data, capsys):
+    """There are fewer than 10**6 held-out tokens."""
     checkpoint = load_checkpoint(halves / "step-00000020.pt")[1]
     del checkpoint["path"]
-    save_checkpoint(halves, {**checkpoint, "val_loss": 0.1}, best=True)
+    trained = {**checkpoint["train"], "eval_tokens": before}
+    save_checkpoint(halves, {**checkpoint, "train": trained, "val_loss": 0.1}, best=True)
     args = [*SHORT, "--data", str(data), "--out", str(halves), "--resume"]
-    main([*args, "--eval_tokens", "1024"])
-    warning = "best.pt was evaluated on 512 tokens, not on 1024: the next checkpoint replaces it"
-    assert warning in capsys.readouterr().err
-    assert load_checkpoint(halves / "best.pt")[1]["step"] == 30
+    main([*args, "--eval_tokens", str(now)])
+    warning = f"was evaluated on {before} tokens, not on {now}: the next checkpoint replaces it"
+    assert (warning in capsys.readouterr().err) == (best == 30)
+    assert load_checkpoint(halves / "best.pt")[1]["step"] == best
 
 
 def test_a_run_of_which_only_the_best_is_left_goes_on_from_it(whole, halves, data):
@@ -604,6 +608,15 @@ def test_an_error_of_the_thread_ends_the_run(error, message, step, data, tmp_pat
     assert "\n" not in str(raised.value)
     saved = {10: [], 30: ["step-00000010.pt", "step-00000020.pt"]}[step]
     assert [path.name for path in tmp_path.glob("step*")] == saved
+
+
+def test_too_little_memory_for_checkpoints_ends_the_run_early(data, tmp_path, monkeypatch):
+    reserve, petabytes = Saver.reserve, {"weight": ((2**50,), torch.float32)}
+    monkeypatch.setattr(Saver, "reserve", lambda saver, _: reserve(saver, petabytes))
+    with pytest.raises(OSError, match=f"no memory for the checkpoints of {tmp_path} .*allocate"):
+        main([*LONG, "--steps", "1000", "--save_every", "1000", "--eval_every", "1000",
+              "--data", str(data), "--out", str(tmp_path)])  # fmt: skip
+    assert len(log_of(tmp_path)[0]) < 1000
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from the data to the checkpoint and to the exported model."""
 import copy
 import itertools
 import json
+import os
 import random
 import unicodedata
 
@@ -374,6 +375,37 @@ def test_the_file_goes_along(small, counting, data, tmp_path, capfd):
     assert capfd.readouterr().out.startswith("3 and")
     sample_from(out, "--export_hf", tmp_path / "hf")
     assert (tmp_path / "hf" / "tokenizer.json").read_text() == content
+
+
+def test_a_replaced_file_is_refused(small, counting, tmp_path):
+    """Also one of the same size and time, in which two letters have changed places."""
+    own, out = tmp_path / "own", tmp_path / "out"
+    small.save(str(tmp_path / "my.json"))
+    prepare([counting], str(own), tokenizer=str(tmp_path / "my.json"))
+    path = own / "tokenizer.json"
+    before, status = path.read_text(), path.stat()
+    swapped = before.replace('"a": 65', '"a": 66').replace('"b": 66', '"b": 65')
+    assert load_tokenizer(swapped).decode([65]) == "b"
+    path.write_text(swapped)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    words = [*SHORT, "--vocab_size", "640", "--data", str(own), "--out", str(out)]
+    with pytest.raises(ValueError, match=f"{path} is not known to .*: put the right one back or"):
+        train.main(words)
+    assert not out.exists()
+    path.write_text(before)
+    train.main(words)
+
+
+def test_data_of_a_version_that_kept_no_hash_of_the_file_are_refused(small, counting, tmp_path):
+    own = tmp_path / "own"
+    small.save(str(tmp_path / "my.json"))
+    meta = prepare([counting], str(own), tokenizer=str(tmp_path / "my.json"))
+    del meta["tokenizer_sha256"]
+    (own / "meta.json").write_text(json.dumps(meta))
+    message = f"if an earlier version prepared them, delete {own} and run data/prepare.py again"
+    with pytest.raises(ValueError, match=message):
+        load_meta(str(own))
 
 
 def test_a_model_trains_on_in_its_own_tokens_only(small, counting, data, tmp_path):
