@@ -90,7 +90,7 @@ def draw_losses(findings: Findings, path: Path) -> Path:
         axes.plot(tokens, middle, "o-", color=COLORS[kind], markersize=4, label=f"{kind}, {label}")
         axes.fill_between(tokens, low, high, color=COLORS[kind], alpha=0.15, linewidth=0)
 
-    for kind in ("none", "linear on v", "mlp on v"):
+    for kind in ("none", "linear on v", "mlp on v", "mlp on q, k, v"):  # more are not legible
         runs = findings.results.get(("", kind), {}).values()
         runs = [run for run in runs if run["val_loss"] is not None]
         if not runs:

@@ -160,11 +160,6 @@ class Findings:
                 of_kind = self.results.setdefault((run.group, run.kind), {})
                 of_kind[run.seed] = by_run[run.command]
 
-    @property
-    def runs(self) -> list[dict]:
-        """All these results, group by group and kind by kind."""
-        return [run for by_seed in self.results.values() for run in by_seed.values()]
-
     def pairs(self, group: str, kind: str) -> list[tuple[dict, dict]]:
         """The results of a kind with those of its baselines, where neither diverged.
 
@@ -207,14 +202,16 @@ class Findings:
         return found
 
 
-def by_data(study: Study, results: list[dict]) -> list[Findings]:
-    """A study's findings on each data, those with most results first."""
+def by_data(name: str, study: Study, results: list[dict]) -> list[Findings]:
+    """A study's findings on each data where a run of its own has ended, those with most results
+    first."""
     commands = {run.command for run in study.runs}
     sets = {}
     for result in results:
         if result["run"] in commands:
             sets.setdefault(result["data"], []).append(result)
-    return [Findings(study, some) for some in sorted(sets.values(), key=len, reverse=True)]
+    own = [some for some in sets.values() if any(run["study"] == name for run in some)]
+    return [Findings(study, some) for some in sorted(own, key=len, reverse=True)]
 
 
 # ---- tables
@@ -344,7 +341,7 @@ def version(run: dict) -> str:
 
 def caption(findings: Findings, explains: str) -> str:
     """What the numbers of a table are, and what its runs have in common."""
-    runs = findings.runs
+    runs = [run for by_seed in findings.results.values() for run in by_seed.values()]
     train, held_out = (f"{size / 1e6:.1f}M" for size in runs[0]["data_bytes"])
     tokens = sorted({run["tokens"] for run in runs if run["val_loss"] is not None})
     versions: dict[str, set[str]] = {}
@@ -362,11 +359,9 @@ def caption(findings: Findings, explains: str) -> str:
 
 
 def report(name: str, study: Study, results: list[dict]) -> str:
-    """What --table prints, in Markdown: nothing yet if all runs are those of other studies."""
+    """What --table prints, in Markdown."""
     parts = []
-    for findings in by_data(study, results):
-        if all(run["study"] != name for run in findings.runs):
-            continue
+    for findings in by_data(name, study, results):
         if name == "time_to_loss":
             parts += [time_table(findings), caption(findings, TIMES)]
             continue

@@ -166,8 +166,9 @@ STUDIES = {
     "tokens": Study(
         "bytes",
         grid({"60M": small(steps=1830), "125M": small(steps=3815)}, PAIR, range(1, 5))
-        + grid({"250M": small()}, PAIR, range(1, 9))
-        + grid({"500M": small(steps=15260), "1B": small(steps=30520)}, PAIR, range(1, 4)),
+        + grid({"250M": small()}, PAIR, range(1, 5))
+        + grid({"500M": small(steps=15260), "1B": small(steps=30520)}, PAIR, range(1, 4))
+        + grid({"250M": small()}, PAIR, range(5, 9)),
     ),
     "kv_heads": Study("key/value heads of 12", grid(KV_HEADS, PAIR, range(1, 4))),
     "sizes": Study("parameters", grid(SIZES, THREE, range(1, 4))),
@@ -514,7 +515,7 @@ def update(results: Path) -> None:
         os.replace(new, readme)
         print(f"wrote {readme}")
     for name, study in STUDIES.items():
-        for findings in by_data(study, found)[:1]:
+        for findings in by_data(name, study, found)[:1]:
             for path in plot.draw_study(name, findings, results):
                 print(f"wrote {path}")
 

@@ -20,10 +20,18 @@ def test_the_reading_guide_names_what_is_there(name, file):
 
 
 def test_the_differences_in_the_table_are_those_of_the_study():
-    shown = re.findall(r"runs of (\w+) bytes: ([+−]\d\.\d+ ± \d\.\d+)", README)
+    difference = r"[+−]\d\.\d+ ± \d\.\d+"
     results = (ROOT / "tests" / "results" / "README.md").read_text()
-    table = results.split("<!-- study tokens -->")[1].split("<!-- end -->")[0]
-    assert shown == re.findall(r"^\| (\w+) \| mlp on v .* \| (.* ± .*) \| \d+ \|$", table, re.M)
+    tokens, types = (
+        results.split(f"<!-- study {name} -->")[1].split("<!-- end -->")[0]
+        for name in ("tokens", "types")
+    )
+    shown = re.findall(rf"runs of (\w+) bytes: ({difference})", README)
+    assert shown == re.findall(rf"^\| (\w+) \| mlp on v .* ({difference}) \|", tokens, re.M)
+    shown = re.findall(rf"((?:mlp|gate|linear) on [^:;|]+): ({difference})", README)
+    shown.append(("mlp on v", re.search(rf"250M bytes: ({difference})", README)[1]))
+    rows = re.findall(rf"^\| (\w+ on .+?) \| .* ({difference}) \|", types, re.M)
+    assert sorted(shown) == sorted(rows)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
