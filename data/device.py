@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kha import Transformer
+from kha import Transformer, is_hopper
 
 
 def pick_device(name: str) -> str:
@@ -39,9 +39,8 @@ def can_capture(model: Transformer) -> bool:
     weight = model.embed.weight
     if not weight.is_cuda or hasattr(weight, "full_tensor"):
         return False
-    native = torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
     dtype = model.compute_dtype or weight.dtype
-    return not model.moes() or native and dtype == torch.bfloat16
+    return not model.moes() or is_hopper() and dtype == torch.bfloat16
 
 
 def capture(step: Callable[[], Any], generator: torch.Generator | None = None) -> Callable[[], Any]:

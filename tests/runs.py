@@ -12,6 +12,7 @@ import torch
 
 import train
 from data.checkpoint import list_checkpoints, load_checkpoint
+from tests.report import read_log
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 600  # seconds until a process counts as hanging, also on a busy machine
@@ -117,13 +118,6 @@ def lines_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def log_of(out):
-    """The log's updates and its evaluations."""
-    lines = lines_of(out)
-    updates = [line for line in lines if "loss" in line]
-    return updates, [line for line in lines if "val_loss" in line]
-
-
 def untimed(out):
     """The log's updates and evaluations, without what differs from run to run."""
     timed = ("tokens_per_s", "mfu", "memory_gib")
@@ -146,7 +140,7 @@ def equal_weights(one, two):
 def assert_same_run(one, two):
     """Two runs have the same log, with each step once, and the same checkpoints to the bit."""
     assert untimed(one) == untimed(two)
-    updates = [line["step"] for line in log_of(one)[0]]
+    updates = [line["step"] for line in read_log(one)[0]]
     assert updates == list(range(1, len(updates) + 1))
     assert names(one) == names(two)
     assert equal_weights(weights_of(one), weights_of(two))

@@ -22,6 +22,7 @@ import train
 from data.checkpoint import Saver, list_checkpoints, load_checkpoint, save_checkpoint
 from data.log import Log, Progress
 from kha import Transformer
+from tests.report import read_log
 from tests.runs import (
     LIMIT,
     LONG,
@@ -30,7 +31,6 @@ from tests.runs import (
     contents,
     equal_weights,
     lines_of,
-    log_of,
     names,
     stop_at,
     train_script,
@@ -258,7 +258,7 @@ def test_a_log_alone_is_a_run_too(data, tmp_path):
     log = tmp_path / "run" / "log.jsonl"
     log.write_bytes(before[log].splitlines(keepends=True)[0])
     main([*args, "--steps", "2"])
-    assert len(log_of(tmp_path / "run")[0]) == 2
+    assert len(read_log(tmp_path / "run")[0]) == 2
 
 
 def test_with_all_checkpoints_damaged_nothing_is_touched(halves):
@@ -422,7 +422,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_logged(gradient, poison, da
             torch.equal(weights[step][name], weights[step + 1][name]) for name in weights[step]
         )
         assert unchanged == (step in (3, 14, 15))
-    updates, before = log_of(tmp_path)[0], 0
+    updates, before = read_log(tmp_path)[0], 0
     for line in updates:  # the data of an update is a function of its step
         assert line["skipped"] == before + (line["step"] in (3, 14, 15))
         assert (line["grad_norm"] == "nan") == (line["step"] in (3, 14, 15))
@@ -468,10 +468,10 @@ def test_ten_skipped_updates_in_a_row_end_the_run(poison, data, tmp_path):
         main(args)
     # Weights that make every loss NaN would be in the later ones.
     assert names(tmp_path) == ["log.jsonl", "step-00000004.pt", "step-00000008.pt"]
-    assert log_of(tmp_path)[0][-1]["step"] == 19 and log_of(tmp_path)[0][-1]["skipped"] == 11
+    assert read_log(tmp_path)[0][-1]["step"] == 19 and read_log(tmp_path)[0][-1]["skipped"] == 11
     poison({5})
     main([*args, "--resume"])
-    assert [line["skipped"] for line in log_of(tmp_path)[0]] == [0] * 4 + [1] * 26
+    assert [line["skipped"] for line in read_log(tmp_path)[0]] == [0] * 4 + [1] * 26
 
 
 def test_ten_skipped_updates_before_a_checkpoint(poison, data, tmp_path):
@@ -616,7 +616,7 @@ def test_too_little_memory_for_checkpoints_ends_the_run_early(data, tmp_path, mo
     with pytest.raises(OSError, match=f"no memory for the checkpoints of {tmp_path} .*allocate"):
         main([*LONG, "--steps", "1000", "--save_every", "1000", "--eval_every", "1000",
               "--data", str(data), "--out", str(tmp_path)])  # fmt: skip
-    assert len(log_of(tmp_path)[0]) < 1000
+    assert len(read_log(tmp_path)[0]) < 1000
 
 
 @pytest.fixture
@@ -659,7 +659,7 @@ def test_a_signal_while_a_checkpoint_is_written_saves_one_more(start, slow_disk,
     output = process.communicate(timeout=LIMIT)[0]
     step = load_checkpoint(list_checkpoints(out)[0])[1]["step"]
     assert process.returncode == 0 and f"saved after step {step} of" in output and step >= 20
-    assert [line["step"] for line in log_of(out)[0]] == list(range(1, step + 1))
+    assert [line["step"] for line in read_log(out)[0]] == list(range(1, step + 1))
     assert "checkpoint.tmp" not in names(out)
 
 

@@ -9,6 +9,7 @@ import torch
 
 import sample
 from data.checkpoint import list_checkpoints, load_checkpoint
+from tests.report import read_log
 from tests.runs import (
     LIMIT,
     LONG,
@@ -17,7 +18,6 @@ from tests.runs import (
     assert_same_run,
     has_line,
     lines_of,
-    log_of,
     names,
     train_script,
     wait_for,
@@ -67,7 +67,7 @@ def assert_close_runs(one, two):
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "one"])
 def test_many_processes_train_as_one(way, runs):
-    updates, evals = log_of(runs["one"])
+    updates, evals = read_log(runs["one"])
     assert len(updates) == 20 and len(evals) == 2 and updates[0]["worst_load"] > 1
     biases = [bias for name, bias in weights_of(runs["one"]).items() if name.endswith("ffn.bias")]
     assert any(bias.any() for bias in biases)
@@ -115,7 +115,7 @@ def test_a_signal_ends_the_run_after_its_step(number, start, data, tmp_path):
     step = load_checkpoint(path)[1]["step"]
     end = f"stopped by a signal and saved after step {step} of 100000: --resume goes on\n"
     assert output.endswith(end)  # without the sample
-    assert [line["step"] for line in log_of(tmp_path)[0]] == list(range(1, step + 1))
+    assert [line["step"] for line in read_log(tmp_path)[0]] == list(range(1, step + 1))
 
 
 def test_under_nohup_a_closed_terminal_does_not_stop_a_run(start, data, tmp_path):
@@ -128,8 +128,8 @@ def test_under_nohup_a_closed_terminal_does_not_stop_a_run(start, data, tmp_path
     process = start(*args, preexec_fn=ignore)
     wait_for(has_line(tmp_path), process)
     process.send_signal(signal.SIGHUP)
-    n_update = len(log_of(tmp_path)[0])
-    wait_for(lambda: len(log_of(tmp_path)[0]) > n_update + 5, process)
+    n_update = len(read_log(tmp_path)[0])
+    wait_for(lambda: len(read_log(tmp_path)[0]) > n_update + 5, process)
     process.terminate()
     assert "stopped by a signal and saved" in process.communicate(timeout=LIMIT)[0]
 
@@ -159,7 +159,7 @@ def test_torchrun_passes_a_signal_on(start, data, tmp_path):
     output = process.communicate(timeout=LIMIT)[0]
     step = load_checkpoint(list_checkpoints(tmp_path)[0])[1]["step"]
     assert f"stopped by a signal and saved after step {step} of 100000" in output
-    assert [line["step"] for line in log_of(tmp_path)[0]] == list(range(1, step + 1))
+    assert [line["step"] for line in read_log(tmp_path)[0]] == list(range(1, step + 1))
 
 
 # --- processes that die, and two runs in one place ---
@@ -174,7 +174,7 @@ def test_a_folder_takes_one_run_at_a_time(start, data, tmp_path):
         assert second.returncode == 2 and "error: " in second.stderr and message in second.stderr
     first.terminate()
     assert "saved after step" in first.communicate(timeout=LIMIT)[0]
-    steps = [line["step"] for line in log_of(tmp_path)[0]]
+    steps = [line["step"] for line in read_log(tmp_path)[0]]
     assert steps == list(range(1, len(steps) + 1))
 
 

@@ -312,7 +312,7 @@ def test_the_device_is_what_was_asked_for():
     ],
 )
 def test_graphs_are_for_what_needs_no_cpu(n_moe, chip, dtype, takes, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (chip, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (chip, 0))
     weight = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype)
     fake = SimpleNamespace(
         embed=SimpleNamespace(weight=weight), moes=lambda: [None] * n_moe, compute_dtype=None

@@ -21,13 +21,13 @@ from data.log import Log
 from data.tokens import draw_batch, load_meta, load_tokenizer
 from kha import CONFIGS, Config, Transformer
 from tests.reference import scramble
+from tests.report import read_log
 from tests.runs import (
     ROOT,
     SHORT,
     assert_same_run,
     equal_weights,
     lines_of,
-    log_of,
     stop_at,
     train_script,
     weights_of,
@@ -38,7 +38,7 @@ from train import TrainConfig, lr_at, main, make_optimizer, parse_config
 def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
     out = tmp_path / "run"
     main([*SHORT, "--data", str(data), "--out", str(out), "--lr", "0.01"])
-    steps, evals = log_of(out)
+    steps, evals = read_log(out)
     assert [line["step"] for line in steps] == list(range(1, 31))
     assert steps[-1]["loss"] < 2.5 < 4.5 < steps[0]["loss"]
     assert all(
@@ -109,7 +109,7 @@ def test_gradient_accumulation_is_the_large_batch(data, tmp_path):
                 "10",
             ]
         )
-        losses.append([line["loss"] for line in log_of(tmp_path / name)[0]])
+        losses.append([line["loss"] for line in read_log(tmp_path / name)[0]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -122,7 +122,7 @@ def test_on_a_gpu_a_graph_many_micro_batches_and_a_cpu_learn_the_same(experts, d
         out = tmp_path / how.replace(" ", "")
         args = f"{experts} --data {data} --out {out} --device cuda {how}"
         main([*SHORT, *args.split()])
-        losses.append([line["loss"] for line in log_of(out)[0]])
+        losses.append([line["loss"] for line in read_log(out)[0]])
     assert losses[0] == pytest.approx(losses[2], rel=0.02)
     assert losses[1] == pytest.approx(losses[2], rel=0.02)
 
@@ -131,10 +131,10 @@ def test_on_a_gpu_a_graph_many_micro_batches_and_a_cpu_learn_the_same(experts, d
 def test_a_run_on_a_gpu_goes_on_where_it_was(data, tmp_path):
     args = f"--data {data} --device cuda --out {tmp_path}".split()
     main([*SHORT, *args])
-    whole = log_of(tmp_path)[0]
+    whole = read_log(tmp_path)[0]
     (tmp_path / "step-00000030.pt").unlink()
     main([*SHORT, *args, "--resume"])
-    again = log_of(tmp_path)[0]
+    again = read_log(tmp_path)[0]
     assert [line["step"] for line in again] == list(range(1, 31))
     assert again[:20] == whole[:20] and again[20:] != whole[20:]  # the times differ
     losses = ([line["loss"] for line in lines] for lines in (whole, again))
