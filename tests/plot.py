@@ -63,7 +63,7 @@ def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
     if name == "stability":
         return [draw_rates(findings, folder / "stability.svg")]
     if name == "tokens":
-        return [draw_gain(findings, folder / "tokens.svg")]
+        return [draw_lengths(findings, folder / "tokens.svg")]
     if name == "time_to_loss":
         return [draw_times(findings, folder / "time_to_loss.svg")]
     paths = []
@@ -90,31 +90,26 @@ def draw_losses(findings: Findings, path: Path) -> Path:
         axes.plot(tokens, middle, "o-", color=COLORS[kind], markersize=4, label=f"{kind}, {label}")
         axes.fill_between(tokens, low, high, color=COLORS[kind], alpha=0.15, linewidth=0)
 
-    for kind in ("none", "linear on v", "mlp on v", "mlp on q, k, v"):  # more are not legible
+    for kind in ("linear on v", "gate on v", "mlp on v", "mlp on q, k, v", "none"):
         runs = findings.results.get(("", kind), {}).values()
         runs = [run for run in runs if run["val_loss"] is not None]
         if not runs:
             continue
         steps = np.array([step for step, _, _ in runs[0]["evals"]])
         tokens = steps * runs[0]["settings"]["batch_tokens"] / 1e6
-        losses = losses_of(runs)
+        losses = np.array([[loss for _, loss, _ in run["evals"]] for run in runs], dtype=float)
         draw(top, kind, losses.mean(0), losses.min(0), losses.max(0), f"{len(runs)} seeds")
-        pairs = findings.pairs("", kind)
-        if pairs:
-            gaps = losses_of([run for run, _ in pairs]) - losses_of([base for _, base in pairs])
-            mean, half = np.array([interval(list(column)) for column in gaps.T]).T
-            draw(bottom, kind, mean, mean - half, mean + half, f"{len(pairs)} pairs")
+        course = findings.course("", kind)
+        if course:
+            mean, half = np.array([interval(differences) for differences in course.values()]).T
+            n_pair = len(findings.pairs("", kind))
+            draw(bottom, kind, mean, mean - half, mean + half, f"{n_pair} pairs")
     bottom.axhline(0, color=COLORS["none"], linewidth=1)
     top.set(ylabel=LOSS)
     bottom.set(xlabel="millions of bytes trained on", ylabel=DIFFERENCE)
     top.legend()
     bottom.legend()
     return save(figure, path)
-
-
-def losses_of(runs: list[dict]) -> np.ndarray:
-    """The held-out losses of runs: (runs, evaluations)."""
-    return np.array([[loss for _, loss, _ in run["evals"]] for run in runs], dtype=float)
 
 
 def draw_differences(findings: Findings, path: Path) -> Path:
@@ -128,37 +123,37 @@ def draw_differences(findings: Findings, path: Path) -> Path:
         mean, half = interval(differences)
         axes.plot(differences, [y] * len(differences), ".", color=color, alpha=0.4)
         axes.errorbar(mean, y, xerr=half, fmt="s", color=color, capsize=4)
-        if abs(mean) > RANGE:  # an arrow at the side where it is
-            side = math.copysign(RANGE, mean)
-            axes.plot(side, y, ">" if mean > 0 else "<", color=color, clip_on=False)
+        for sign, arrow in ((-1, "<"), (1, ">")):  # where the interval goes on beyond the range
+            if sign * mean + np.nan_to_num(half) > RANGE:
+                axes.plot(sign * RANGE, y, arrow, color=color, clip_on=False)
         text, n = difference_cells(differences)
         axes.text(1.03, y, f"{text} ({n})", transform=axes.get_yaxis_transform(), va="center")
     axes.axvline(0, color=COLORS["none"], linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{group}, {kind}".strip(", ") for group, kind in rows])
     label = DIFFERENCE.replace("no knocks", findings.study.baseline.replace("none", "no knocks"))
+    axes.set_xticks(np.linspace(-RANGE, RANGE, 5))
     axes.set(xlim=(-RANGE, RANGE), ylim=(len(rows) - 0.5, -0.5), xlabel=label)
     axes.text(1.03, -0.8, "mean ± 95% (pairs)", transform=axes.get_yaxis_transform())
     figure.set_size_inches(9, 1.2 + 0.4 * len(rows))
     return save(figure, path)
 
 
-def draw_gain(findings: Findings, path: Path) -> Path:
-    """How much lower the loss is with the MLP knock on v, against the bytes of a whole run: pairs
-    as dots, their means and 95% intervals as bars."""
+def draw_lengths(findings: Findings, path: Path) -> Path:
+    """The difference that the MLP knock on v makes, against the bytes of a whole run: pairs as
+    dots, their means and 95% intervals as bars."""
     figure, axes = plt.subplots(figsize=(7, 4))
-    points, color = [], COLORS["mlp on v"]
+    ticks, color = [], COLORS["mlp on v"]
     for group in findings.groups:
-        gains = [-difference for difference in findings.differences(group, "mlp on v")]
-        if gains:
-            tokens = findings.pairs(group, "mlp on v")[0][0]["tokens"] / 1e6
-            axes.plot([tokens] * len(gains), gains, ".", color=color, alpha=0.4)
-            points.append((tokens, *interval(gains)))
-    if points:
-        axes.errorbar(*np.array(sorted(points)).T, fmt="s-", color=color, capsize=4)
+        differences = findings.differences(group, "mlp on v")
+        if differences:
+            ticks.append(findings.pairs(group, "mlp on v")[0][0]["tokens"] / 1e6)
+            mean, half = interval(differences)
+            axes.plot(ticks[-1:] * len(differences), differences, ".", color=color, alpha=0.4)
+            axes.errorbar(ticks[-1], mean, half, fmt="s", color=color, capsize=4)
     axes.axhline(0, color=COLORS["none"], linewidth=1)
     axes.set_xscale("log")
-    axes.set_xticks([x for x, *_ in points], [f"{x:.0f}" for x, *_ in points], minor=False)
-    axes.set(xlabel="millions of bytes trained on", ylabel="gain of mlp on v, nats per byte")
+    axes.set_xticks(ticks, [f"{x:.0f}" for x in ticks], minor=False)
+    axes.set(xlabel="millions of bytes trained on", ylabel=f"mlp on v: {DIFFERENCE}")
     axes.minorticks_off()
     return save(figure, path)
 
@@ -237,7 +232,7 @@ def draw_matrices(matrices: dict[str, np.ndarray], path: Path) -> Path:
 
     n_layer = max(len(layers) for layers in rows.values())
     size = (1.5 + n_layer, 0.5 + len(rows))
-    figure, grid = plt.subplots(len(rows), n_layer, figsize=size, dpi=100, squeeze=False)
+    figure, grid = plt.subplots(len(rows), n_layer, figsize=size, dpi=220, squeeze=False)
     for axes, (kind, layers) in zip(grid, sorted(rows.items(), key=order), strict=True):
         limits, colors = ((-0.1, 0.1), "RdBu") if kind.endswith("gate") else ((0, 1), "viridis")
         colors = plt.get_cmap(colors, 21)  # more colours would make a large file

@@ -186,6 +186,15 @@ class Findings:
         """The held-out losses of a kind less those of its baselines."""
         return [one["val_loss"] - two["val_loss"] for one, two in self.pairs(group, kind)]
 
+    def course(self, group: str, kind: str) -> dict[int, list[float]]:
+        """The same at each evaluation, by the tokens trained on until then."""
+        found = {}
+        for one, two in self.pairs(group, kind):
+            for (step, loss, _), (_, baseline, _) in zip(one["evals"], two["evals"], strict=True):
+                tokens = step * one["settings"]["batch_tokens"]
+                found.setdefault(tokens, []).append(loss - baseline)
+        return found
+
     def sensitivity(self, kind: str) -> dict[int, float]:
         """By seed, how much the loss depends on the learning rate, which the groups are.
 
@@ -253,6 +262,19 @@ def loss_table(findings: Findings) -> str:
             n_diverged = len(runs) - len(ended)
             row.append(f"{len(runs)}" + f" ({n_diverged} diverged)" * (n_diverged > 0))
             rows.append(row + difference_cells(findings.differences(group, kind)))
+    return markdown(rows)
+
+
+def course_table(findings: Findings) -> str:
+    """A row for each kind: the difference to the baseline at each evaluation."""
+    courses = {kind: findings.course("", kind) for kind in findings.kinds}
+    courses = {kind: course for kind, course in courses.items() if course}
+    if not courses:
+        return ""
+    tokens = sorted(set().union(*courses.values()))
+    rows = [["difference after", *(f"{n / 1e6:.0f}M" for n in tokens)]]
+    for kind, course in courses.items():
+        rows.append([kind, *(difference_cells(course.get(n, []))[0] for n in tokens)])
     return markdown(rows)
 
 
@@ -366,6 +388,8 @@ def report(name: str, study: Study, results: list[dict]) -> str:
             parts += [time_table(findings), caption(findings, TIMES)]
             continue
         parts.append(loss_table(findings))
+        if name == "types":
+            parts.append(course_table(findings))
         if name == "stability":
             parts.append(sensitivity_table(findings))
         baseline = "without knocks" if study.baseline == "none" else f"with {study.baseline}"

@@ -30,7 +30,7 @@ def test_the_differences_in_the_table_are_those_of_the_study():
     assert shown == re.findall(rf"^\| (\w+) \| mlp on v .* ({difference}) \|", tokens, re.M)
     shown = re.findall(rf"((?:mlp|gate|linear) on [^:;|]+): ({difference})", README)
     shown.append(("mlp on v", re.search(rf"250M bytes: ({difference})", README)[1]))
-    rows = re.findall(rf"^\| (\w+ on .+?) \| .* ({difference}) \|", types, re.M)
+    rows = re.findall(rf"^\| (\w+ on .+?) \| .* ({difference}) \| \d+ \|$", types, re.M)
     assert sorted(shown) == sorted(rows)
 
 

@@ -414,6 +414,28 @@ def test_runs_of_another_study_alone_make_no_table():
     assert rows == [("1", "none"), ("1", "mlp on v"), ("2", "none")]
 
 
+def test_the_differences_at_each_evaluation_worked_out_by_hand():
+    runs = study.grid({"": "small"}, ["none", "linear on v", "mlp on v"], [1, 2])
+    losses = {  # at both evaluations, seed by seed
+        "none": [(2.0, 1.0), (2.2, 1.2)],
+        "linear on v": [(2.1, 1.0)],
+        "mlp on v": [(2.1, 0.8), (2.1, 1.0)],
+    }
+    results = []
+    for run in runs:
+        if run.seed <= len(losses[run.kind]):
+            first, last = losses[run.kind][run.seed - 1]
+            evals = [[10_000, first, 0.0], [20_000, last, 0.0]]
+            results.append(result(run, last, study="types", evals=evals))
+    text = report.report("types", study.Study("", runs), results)
+    assert text.split("\n\n")[1].split("\n") == [
+        "| difference after | 1M | 2M |",
+        "| --- | --- | --- |",
+        "| linear on v | +0.1000 | +0.0000 |",
+        "| mlp on v | +0.0000 ± 1.2706 | −0.2000 ± 0.0000 |",
+    ]
+
+
 def test_sensitivity_to_the_learning_rate_worked_out_by_hand():
     groups = {"0.001": "toy --lr 0.001", "0.002": "toy --lr 0.002", "0.004": "toy --lr 0.004"}
     runs = study.grid(groups, ["none", "mlp on v"], [1, 2])
