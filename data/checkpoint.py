@@ -213,6 +213,7 @@ def sync_names(folder: str) -> None:
         os.fsync(entries)
     except OSError as error:
         if error.errno != errno.EINVAL:  # so some network disks answer for every folder
+            error.filename = folder
             raise
     finally:
         os.close(entries)

@@ -118,8 +118,9 @@ def test_a_disk_that_cannot_sync_folders_takes_checkpoints(tmp_path, monkeypatch
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["step-00000002.pt", "step-00000003.pt"]
     number = errno.EIO
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OSError, match="Input/output error") as error:
         save_checkpoint(tmp_path, tiny_checkpoint(4)[1])
+    assert error.value.filename == tmp_path
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["step-00000002.pt", "step-00000003.pt", "step-00000004.pt"]
 

@@ -347,6 +347,17 @@ def test_a_disk_full_while_logging_leaves_half_a_line_at_most(whole, halves, dat
     assert_same_run(whole, halves)
 
 
+def test_a_disk_that_is_full_when_the_log_is_brought_to_it(data, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
+    assert error.value.filename == str(tmp_path / "log.jsonl")
+    assert names(tmp_path) == ["log.jsonl"]
+
+
 # --- what is printed ---
 
 
