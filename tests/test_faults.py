@@ -280,8 +280,9 @@ def test_a_disk_that_cannot_read_is_not_a_damaged_checkpoint(halves, monkeypatch
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OSError, match="Input/output error") as error:
         parse_config(["--out", str(halves), "--resume"])
+    assert error.value.filename == str(halves / "step-00000030.pt")
 
 
 def test_a_run_from_before_a_field_has_its_default(halves):
