@@ -213,6 +213,7 @@ def sync_names(folder: str) -> None:
         os.fsync(entries)
     except OSError as error:
         if error.errno != errno.EINVAL:  # so some network disks answer for every folder
+            error.filename = folder
             raise
     finally:
         os.close(entries)
@@ -330,8 +331,10 @@ def read_checkpoint(path: str) -> dict:
         OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError,
         zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
     ) as error:  # fmt: skip
-        # A damaged file may point outside itself, which the system calls an invalid argument.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+        # A damaged file may point outside itself, which the system calls an invalid argument. An
+        # error without a number is not of the system: bz2 has one for data that are not its own.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            error.filename = path  # an error of reading has none
             raise
         reason = str(error).strip().split("\n")[0]
         raise ValueError(

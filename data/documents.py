@@ -12,7 +12,7 @@ import sysconfig
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -248,17 +248,24 @@ class LeftOut:
 def read_documents(sources: list[Source], field: str, left_out: LeftOut) -> Iterator[Document]:
     """All documents of `sources`, in order. Raises ValueError or OSError, naming the file."""
     for source in sources:
-        try:
+        with naming(source):
             if source.rows is None:
                 yield from read_text(source, left_out)
             else:
                 yield from read_rows(source, field, left_out)
-        except (EOFError, zlib.error, csv.Error, OSError) as error:
-            if isinstance(error, OSError) and error.errno:  # of the system, not of what is read
-                error.filename = error.filename or source.name
-                raise
-            raise ValueError(f"{source.name} is damaged, fetch it again: {error}") from error
     left_out.check_rows(field)
+
+
+@contextmanager
+def naming(source: Source) -> Iterator[None]:
+    """A context in which an error of reading becomes one that names the source."""
+    try:
+        yield
+    except (EOFError, zlib.error, csv.Error, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the system, not of what is read
+            error.filename = error.filename or source.name
+            raise
+        raise ValueError(f"{source.name} is damaged, fetch it again: {error}") from error
 
 
 def read_text(source: Source, left_out: LeftOut) -> Iterator[Document]:
@@ -271,8 +278,14 @@ def read_text(source: Source, left_out: LeftOut) -> Iterator[Document]:
             raise ValueError(f"{source.name} is not UTF-8 text: convert or omit it") from error
         left_out.skipped_files += 1
         return
-    with open_file(source.path) as file:
-        yield Document(source.name, digest, read_pieces(file))
+    yield Document(source.name, digest, read_again(source))
+
+
+def read_again(source: Source) -> Iterator[bytes]:
+    """The pieces of a plain-text file. They are read outside of `read_documents`, when the document
+    is written."""
+    with naming(source), open_file(source.path) as file:
+        yield from read_pieces(file)
 
 
 def check_text(pieces: Iterable[bytes]) -> Iterator[bytes]:

@@ -189,8 +189,12 @@ class Log:
         )
 
     def sync(self) -> None:
-        """Bring what was written to the disk."""
-        os.fsync(self.file.fileno())
+        """Bring what was written to the disk. Raises OSError if that fails."""
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:  # some network disks find only now that they are full
+            error.filename = self.file.name
+            raise
 
     def close(self) -> None:
         """End the progress."""

@@ -139,6 +139,8 @@ def load_meta(folder: str) -> dict[str, Any]:
                              f"meta.json says {size}: {again}")
     if meta["tokenizer"] == TOKENIZER_FILE:
         path = Path(folder, TOKENIZER_FILE)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: put it back or {again}")
         # folders that an earlier version prepared have no hash: nothing shows if theirs is right
         if hashlib.sha256(path.read_bytes()).hexdigest() != meta.get("tokenizer_sha256"):
             raise ValueError(f"{path} is not known to be the tokenizer of these data (meta.json "

@@ -118,8 +118,9 @@ def test_a_disk_that_cannot_sync_folders_takes_checkpoints(tmp_path, monkeypatch
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["step-00000002.pt", "step-00000003.pt"]
     number = errno.EIO
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OSError, match="Input/output error") as error:
         save_checkpoint(tmp_path, tiny_checkpoint(4)[1])
+    assert error.value.filename == tmp_path
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["step-00000002.pt", "step-00000003.pt", "step-00000004.pt"]
 
@@ -199,6 +200,8 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
             copy[start + record.file_size // 2] ^= 1 << len(flipped) % 8
             flipped.append(bytes(copy))
     assert len(flipped) > 20
+    entry = whole.index(b"PK\1\2")  # of the first record, with its way of compression: here bz2
+    flipped.append(whole[: entry + 10] + b"\x0c" + whole[entry + 11 :])
     for damaged in (b"", b"not a checkpoint", whole[: len(whole) // 2], *flipped):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="is damaged") as error:

@@ -855,15 +855,37 @@ def test_a_damaged_file_is_named(tmp_path, ending, inside):
     assert os.listdir(tmp_path) == ["in"]
 
 
-def test_a_disk_that_fails_is_not_called_a_damaged_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("reading", [1, 2])
+def test_a_disk_that_fails_is_not_called_a_damaged_file(reading, tmp_path, monkeypatch):
+    """A file of text is read twice."""
+    read, started = documents.read_pieces, []
+
     def fail(stream):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        started.append(stream)
+        yield from read(stream)
+        if len(started) == reading:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(documents, "read_pieces", fail)
     write_texts(tmp_path / "in", [1])
     with pytest.raises(OSError, match="Input/output error") as error:
         prepare([str(tmp_path / "in")], str(tmp_path / "out"))
     assert error.value.filename == str(tmp_path / "in" / "1.txt")
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path, monkeypatch):
+    """Between its two readings."""
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"some text\n" * 1000))
+    check = documents.check_text
+
+    def cut(pieces):
+        yield from check(pieces)
+        path.write_bytes(path.read_bytes()[:30])
+
+    monkeypatch.setattr(documents, "check_text", cut)
+    with pytest.raises(ValueError, match="a.txt.gz is damaged, fetch it again"):
+        prepare([str(path)], str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("n_lines", [30, 5000], ids=["meta.json", "train.bin"])

@@ -280,8 +280,9 @@ def test_a_disk_that_cannot_read_is_not_a_damaged_checkpoint(halves, monkeypatch
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OSError, match="Input/output error") as error:
         parse_config(["--out", str(halves), "--resume"])
+    assert error.value.filename == str(halves / "step-00000030.pt")
 
 
 def test_a_run_from_before_a_field_has_its_default(halves):
@@ -345,6 +346,17 @@ def test_a_disk_full_while_logging_leaves_half_a_line_at_most(whole, halves, dat
     assert f"error: cannot write {halves}/log.jsonl" in done.stderr
     main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
     assert_same_run(whole, halves)
+
+
+def test_a_disk_that_is_full_when_the_log_is_brought_to_it(data, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
+    assert error.value.filename == str(tmp_path / "log.jsonl")
+    assert names(tmp_path) == ["log.jsonl"]
 
 
 # --- what is printed ---

@@ -392,6 +392,9 @@ def test_a_replaced_file_is_refused(small, counting, tmp_path):
     words = [*SHORT, "--vocab_size", "640", "--data", str(own), "--out", str(out)]
     with pytest.raises(ValueError, match=f"{path} is not known to .*: put the right one back or"):
         train.main(words)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{path} is missing: put it back or delete {own}"):
+        train.main(words)
     assert not out.exists()
     path.write_text(before)
     train.main(words)
