@@ -46,7 +46,7 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 
 def whole(x: Tensor) -> Tensor:
-    """x itself, or all of what FSDP keeps in parts. Then all processes call it."""
+    """x itself, or all of it if FSDP keeps it in parts: then all processes must call this."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 

@@ -85,8 +85,8 @@ def draw_losses(findings: Findings, path: Path) -> Path:
     to no knocks, with its 95% interval as a band."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6.5), sharex=True)
 
-    def draw(axes: plt.Axes, kind: str, middle: np.ndarray, low: np.ndarray, high: np.ndarray,
-             label: str) -> None:
+    def draw(axes: plt.Axes, kind: str, tokens: np.ndarray, middle: np.ndarray, low: np.ndarray,
+             high: np.ndarray, label: str) -> None:
         axes.plot(tokens, middle, "o-", color=COLORS[kind], markersize=4, label=f"{kind}, {label}")
         axes.fill_between(tokens, low, high, color=COLORS[kind], alpha=0.15, linewidth=0)
 
@@ -98,12 +98,14 @@ def draw_losses(findings: Findings, path: Path) -> Path:
         steps = np.array([step for step, _, _ in runs[0]["evals"]])
         tokens = steps * runs[0]["settings"]["batch_tokens"] / 1e6
         losses = np.array([[loss for _, loss, _ in run["evals"]] for run in runs], dtype=float)
-        draw(top, kind, losses.mean(0), losses.min(0), losses.max(0), f"{len(runs)} seeds")
+        low, high = losses.min(0), losses.max(0)
+        draw(top, kind, tokens, losses.mean(0), low, high, f"{len(runs)} seeds")
         course = findings.course("", kind)
         if course:
-            mean, half = np.array([interval(differences) for differences in course.values()]).T
             n_pair = len(findings.pairs("", kind))
-            draw(bottom, kind, mean, mean - half, mean + half, f"{n_pair} pairs")
+            tokens = np.array(list(course)) / 1e6
+            mean, half = np.array([interval(differences) for differences in course.values()]).T
+            draw(bottom, kind, tokens, mean, mean - half, mean + half, f"{n_pair} pairs")
     bottom.axhline(0, color=COLORS["none"], linewidth=1)
     top.set(ylabel=LOSS)
     bottom.set(xlabel="millions of bytes trained on", ylabel=DIFFERENCE)

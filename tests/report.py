@@ -187,12 +187,14 @@ class Findings:
         return [one["val_loss"] - two["val_loss"] for one, two in self.pairs(group, kind)]
 
     def course(self, group: str, kind: str) -> dict[int, list[float]]:
-        """The same at each evaluation, by the tokens trained on until then."""
+        """The differences at each evaluation where both losses are finite, by the tokens until
+        then."""
         found = {}
         for one, two in self.pairs(group, kind):
             for (step, loss, _), (_, baseline, _) in zip(one["evals"], two["evals"], strict=True):
-                tokens = step * one["settings"]["batch_tokens"]
-                found.setdefault(tokens, []).append(loss - baseline)
+                if None not in (loss, baseline):
+                    tokens = step * one["settings"]["batch_tokens"]
+                    found.setdefault(tokens, []).append(loss - baseline)
         return found
 
     def sensitivity(self, kind: str) -> dict[int, float]:
