@@ -33,7 +33,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as sharded
 
 from data.processes import whole
-from data.script import sync
+from data.script import naming, sync
 from kha import Config, Transformer
 
 FORMAT = 2  # 1 had the knocks beside the projections, as knock_v, and no "format"
@@ -131,11 +131,10 @@ class Saver:
     def reserve(self, weights: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
         """Make the memory for weights and AdamW's moments. Zeros are written to it, because the
         system finds memory only then. Raises OSError if there is too little."""
-        model, state = {}, {}
+        model, state, moments = {}, {}, ("exp_avg", "exp_avg_sq")
         try:
             for name, (shape, dtype) in weights.items():
                 model[name] = torch.zeros(shape, dtype=dtype)
-                moments = ("exp_avg", "exp_avg_sq")
                 state[name] = {key: torch.zeros(shape, dtype=dtype) for key in moments}
         except (MemoryError, RuntimeError) as error:  # RuntimeError is torch's
             del model, state  # or their part would stay, and training might fail first
@@ -210,10 +209,10 @@ def sync_names(folder: str) -> None:
         return
     entries = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(entries)
+        with naming(folder):
+            os.fsync(entries)
     except OSError as error:
         if error.errno != errno.EINVAL:  # so some network disks answer for every folder
-            error.filename = folder
             raise
     finally:
         os.close(entries)

@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from data.script import naming
+
 # Bytes of text read, tokenised and held per worker at a time. tiktoken fails at a million spaces.
 PIECE = 1 << 19
 
@@ -248,7 +250,7 @@ class LeftOut:
 def read_documents(sources: list[Source], field: str, left_out: LeftOut) -> Iterator[Document]:
     """All documents of `sources`, in order. Raises ValueError or OSError, naming the file."""
     for source in sources:
-        with naming(source):
+        with reading(source):
             if source.rows is None:
                 yield from read_text(source, left_out)
             else:
@@ -257,13 +259,13 @@ def read_documents(sources: list[Source], field: str, left_out: LeftOut) -> Iter
 
 
 @contextmanager
-def naming(source: Source) -> Iterator[None]:
+def reading(source: Source) -> Iterator[None]:
     """A context in which an error of reading becomes one that names the source."""
     try:
-        yield
+        with naming(source.name):
+            yield
     except (EOFError, zlib.error, csv.Error, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # of the system, not of what is read
-            error.filename = error.filename or source.name
             raise
         raise ValueError(f"{source.name} is damaged, fetch it again: {error}") from error
 
@@ -284,7 +286,7 @@ def read_text(source: Source, left_out: LeftOut) -> Iterator[Document]:
 def read_again(source: Source) -> Iterator[bytes]:
     """The pieces of a plain-text file. They are read outside of `read_documents`, when the document
     is written."""
-    with naming(source), open_file(source.path) as file:
+    with reading(source), open_file(source.path) as file:
         yield from read_pieces(file)
 
 

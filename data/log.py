@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from data.checkpoint import check_none_newer, list_checkpoints, list_to_resume
 from data.figures import PEAK_FLOPS, count_params, flops_per_token, of_gpu
+from data.script import naming
 from kha import Transformer
 
 try:
@@ -190,11 +191,8 @@ class Log:
 
     def sync(self) -> None:
         """Bring what was written to the disk. Raises OSError if that fails."""
-        try:
+        with naming(self.file.name):  # some network disks find only now that they are full
             os.fsync(self.file.fileno())
-        except OSError as error:  # some network disks find only now that they are full
-            error.filename = self.file.name
-            raise
 
     def close(self) -> None:
         """End the progress."""

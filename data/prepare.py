@@ -52,7 +52,7 @@ from data.documents import (
     find_sources,
     read_documents,
 )
-from data.script import parse_args, run_script, sync
+from data.script import naming, parse_args, run_script, sync
 from data.split import SEQUENCE, split_tokens
 from data.tokens import (
     SPLITS,
@@ -156,7 +156,10 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
     # so that a kill cleans up as an interrupt does
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        with tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp-", dir=target.parent) as folder:
+        with (
+            naming(out),
+            tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp-", dir=target.parent) as folder,
+        ):
             work, downloads = Path(folder, "tokens"), Path(folder, "downloads")
             work.mkdir()  # others may read it, unlike the folder around it
             downloads.mkdir()
@@ -182,10 +185,6 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
             (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
             verify_tokens(str(work))
             publish(work, target)
-    except OSError as error:
-        if error.errno and not error.filename:  # a write that fails names no file
-            error.filename = out
-        raise
     finally:
         signal.signal(signal.SIGTERM, before)
     return meta

@@ -70,9 +70,9 @@ def keep_tokenizer(tokenizer: tiktoken.Encoding, folder: Path) -> dict[str, str]
     copied there, and the hash of that file."""
     if not isinstance(tokenizer, JsonTokenizer):
         return {"tokenizer": tokenizer.name}
-    path = folder / TOKENIZER_FILE
-    path.write_text(tokenizer.text, encoding="utf-8")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    content = tokenizer.text.encode()
+    (folder / TOKENIZER_FILE).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
     return {"tokenizer": TOKENIZER_FILE, "tokenizer_sha256": digest}
 
 
