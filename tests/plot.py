@@ -134,7 +134,8 @@ def draw_differences(findings: Findings, path: Path) -> Path:
     axes.set_yticks(range(len(rows)), [f"{group}, {kind}".strip(", ") for group, kind in rows])
     label = DIFFERENCE.replace("no knocks", findings.study.baseline.replace("none", "no knocks"))
     axes.set_xticks(np.linspace(-RANGE, RANGE, 5))
-    axes.set(xlim=(-RANGE, RANGE), ylim=(len(rows) - 0.5, -0.5), xlabel=label)
+    axes.set(xlim=(-RANGE, RANGE), ylim=(len(rows) - 0.5, -0.5))
+    axes.set(xlabel=label, ylabel=findings.study.groups)
     axes.text(1.03, -0.8, "mean ± 95% (pairs)", transform=axes.get_yaxis_transform())
     figure.set_size_inches(9, 1.2 + 0.4 * len(rows))
     return save(figure, path)
@@ -142,7 +143,7 @@ def draw_differences(findings: Findings, path: Path) -> Path:
 
 def draw_lengths(findings: Findings, path: Path) -> Path:
     """The difference that the MLP knock on v makes, against the bytes of a whole run: pairs as
-    dots, their means and 95% intervals as bars."""
+    dots, their means and 95% intervals as bars, which the picture's range may cut off."""
     figure, axes = plt.subplots(figsize=(7, 4))
     ticks, color = [], COLORS["mlp on v"]
     for group in findings.groups:
@@ -156,6 +157,7 @@ def draw_lengths(findings: Findings, path: Path) -> Path:
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{x:.0f}" for x in ticks], minor=False)
     axes.set(xlabel="millions of bytes trained on", ylabel=f"mlp on v: {DIFFERENCE}")
+    axes.set(ylim=(-RANGE, RANGE))
     axes.minorticks_off()
     return save(figure, path)
 
