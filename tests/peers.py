@@ -22,6 +22,10 @@ no-decay, to-start, slow: our own train.py with another rule for the knocks. In 
 to zero as all matrices do. With no-decay they do not decay. With to-start they decay to where they
 started: T, W^up and W^down to the identity, W^gate to zero. With slow their learning rate is a
 tenth, and so is their decay.
+
+unshared: our own train.py with a knock of its own for each head. So the heads do not interact, and
+this is no longer KHA: it is the control that shows what the sharing does. The seed gives the same
+start and batches as in train.py.
 """
 
 import importlib.util
@@ -46,6 +50,7 @@ if __name__ == "__main__":  # Python looks for modules in this file's folder, no
 import torch
 from torch import Tensor, nn
 
+import kha
 import train as ours
 from data.device import pick_device
 from data.evaluation import bits_per_byte, evaluate
@@ -53,13 +58,13 @@ from data.figures import PEAK_FLOPS, flops_per_token, knocks_of, of_gpu
 from data.log import Log
 from data.script import run_script
 from data.tokens import open_tokens
-from kha import Config, Transformer
+from kha import Config, Heads, Knock, Transformer
 from train import TrainConfig, check_run, make_optimizer, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CLONE = Path(os.environ.get("NANOGPT", ROOT.parent / "nanoGPT")).resolve()
 RULES = ("no-decay", "to-start", "slow")
-PEERS = ("nanoGPT", "transformers", "transformers-float32", *RULES)
+PEERS = ("nanoGPT", "transformers", "transformers-float32", *RULES, "unshared")
 
 
 def split_command(command: str) -> tuple[str, list[str]]:
@@ -232,7 +237,7 @@ def run_transformers(config: Config, train: TrainConfig, device: str, dtype: tor
         log_update(log, device, step=step + 1, loss=total, tokens_per_s=speed, **mfu)
 
 
-# ---- other rules for the knocks
+# ---- our own train.py with other knocks, or another rule for them
 
 
 @dataclass(frozen=True)
@@ -281,6 +286,27 @@ def make_optimizer_with(
     return optimizer
 
 
+class UnsharedHeads(Heads):
+    """Heads as ours, x (B, T, C) -> (B, T, H, D), but each head has a knock of its own. Raises
+    ValueError for linear knocks, which are not in the forward pass: ours multiplies them into the
+    weights."""
+
+    def __init__(self, n_in: int, n_head: int, head_dim: int, knock: str = "none"):
+        super().__init__(n_in, n_head, head_dim)
+        if knock == "linear":
+            raise ValueError("unshared has no linear knocks: use mlp or gate")
+        if knock != "none":  # the names end as ours do, so init_weights knows them
+            own = [nn.ModuleDict({"knock": Knock(knock, head_dim)}) for _ in range(n_head)]
+            self.own = nn.ModuleList(own)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = super().forward(x)  # (B, T, H, D)
+        if not hasattr(self, "own"):
+            return heads
+        pairs = zip(self.own, heads.unbind(2), strict=True)
+        return torch.stack([part["knock"](head) for part, head in pairs], dim=2)
+
+
 def main(argv: list[str]) -> None:
     """The command line. Raises ValueError or OSError for bad input."""
     peer, options = argv[0] if argv else "", argv[1:]
@@ -288,9 +314,12 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"name a peer first, one of {', '.join(PEERS)}; then options of train.py")
     if reason := missing(peer):
         raise FileNotFoundError(reason)
-    if peer in RULES:
-        ours.TrainConfig, ours.make_optimizer = RuledConfig, partial(make_optimizer_with, peer)
-        RuledConfig.peer = peer
+    if peer in (*RULES, "unshared"):
+        ours.TrainConfig, RuledConfig.peer = RuledConfig, peer
+        if peer == "unshared":
+            kha.Heads = UnsharedHeads
+        else:
+            ours.make_optimizer = partial(make_optimizer_with, peer)
         return ours.main([*options, "--rule", peer])
     config, train, _ = parse_config(options)
     device = pick_device(train.device)

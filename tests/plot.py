@@ -29,6 +29,7 @@ COLORS = {
     "mlp on v, no decay": "#56b4e9",
     "mlp on v, decay to the start": "#0072b2",
     "mlp on v, slow": "#009e73",
+    "mlp on v, one for each head": "#009e73",
 }
 LOSS = "held-out loss, nats per byte"
 DIFFERENCE = "difference to no knocks, nats per byte"

@@ -170,7 +170,15 @@ STUDIES = {
         + grid({"500M": small(steps=15260), "1B": small(steps=30520)}, PAIR, range(1, 4))
         + grid({"250M": small()}, PAIR, range(5, 9)),
     ),
-    "kv_heads": Study("key/value heads of 12", grid(KV_HEADS, PAIR, range(1, 4))),
+    "kv_heads": Study(
+        "key/value heads of 12",
+        grid(KV_HEADS, PAIR, range(1, 4))
+        + [
+            Run(run.group, "mlp on v, one for each head", run.seed, f"unshared {run.command}")
+            for run in grid(KV_HEADS, ["mlp on v"], range(1, 4))
+            if run.group in ("12", "4")  # one head cannot share
+        ],
+    ),
     "sizes": Study("parameters", grid(SIZES, THREE, range(1, 4))),
     "variants": Study(
         "attention",

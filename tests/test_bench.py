@@ -11,7 +11,7 @@ import torch
 
 from data.checkpoint import collect, restore
 from data.tokens import open_tokens
-from kha import Config, Transformer
+from kha import Config, Transformer, init_weights
 from tests import bench, peers, report, study
 from tests.runs import ROOT, SHAPE, contents, environment, lines_of
 from train import TrainConfig, parse_config
@@ -135,6 +135,28 @@ def test_other_rules_move_the_knocks_as_they_say(rule):
     assert [group["weight_decay"] for group in optimizer.param_groups[:2]] == [0.5, 0]
 
 
+def test_unshared_knocks_start_as_shared_ones_and_share_their_gradient(monkeypatch):
+    config = Config(vocab_size=64, n_layer=2, n_embd=32, n_head=4, n_kv_head=4, head_dim=16)
+    tokens, models = torch.randint(64, (2, 17)), []
+    for heads in (peers.Heads, peers.UnsharedHeads):
+        monkeypatch.setattr(peers.kha, "Heads", heads)
+        torch.manual_seed(1)
+        models.append(Transformer(config))
+        init_weights(models[-1], config)
+    losses = [model(tokens[:, :-1], tokens[:, 1:]) for model in models]
+    assert losses[0] == losses[1]
+    for loss in losses:
+        loss.backward()
+    shared, unshared = (model.blocks[0].attn.wv for model in models)
+    assert len(unshared.own) == 4
+    for name, p in shared.knock.named_parameters():
+        parts = [part["knock"].get_parameter(name).grad for part in unshared.own]
+        torch.testing.assert_close(p.grad, sum(parts))
+        assert not torch.allclose(parts[0], parts[1])
+    with pytest.raises(ValueError, match="unshared has no linear knocks"):
+        peers.UnsharedHeads(32, 4, 16, "linear")
+
+
 @pytest.mark.parametrize("rule", peers.RULES)
 def test_a_resume_with_another_rule_changes_no_weight(rule):
     train, pairs = TrainConfig(lr=0.1, weight_decay=0.5), []
@@ -151,11 +173,14 @@ def test_a_resume_with_another_rule_changes_no_weight(rule):
         assert torch.equal(p, same)
 
 
+CHANGED = ((peers.ours, "make_optimizer"), (peers.ours, "TrainConfig"), (peers.kha, "Heads"))
+
+
 def run_ruled(*words):
-    """The peer's run in this process. What it changes in train.py is put back."""
+    """The peer's run in this process. What it changes in our modules is put back."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("make_optimizer", "TrainConfig"):
-            patch.setattr(peers.ours, name, getattr(peers.ours, name))
+        for module, name in CHANGED:
+            patch.setattr(module, name, getattr(module, name))
         peers.main(list(words))
 
 
@@ -169,7 +194,7 @@ def test_a_run_with_another_rule_goes_on_where_it_was(data):
     assert halves[-1]["step"] == slow[-1]["step"] == 24 and slow[-1]["knocks"] != none[-1]["knocks"]
 
 
-@pytest.mark.parametrize("rule", peers.RULES)
+@pytest.mark.parametrize("rule", [*peers.RULES, "unshared"])
 def test_a_run_with_another_rule_does_not_go_on_without_it(rule, data):
     options, out = f"{TINY} --prompt a --data {data} --out run".split(), Path("run")
     run_ruled(rule, *options, "--steps", "12")
