@@ -102,12 +102,15 @@ def small(shape: str = "", steps: int = 7630, lr: float = LR) -> str:
 
 
 def grid(groups: dict[str, str], kinds: list[str], seeds: Iterable[int]) -> list[Run]:
-    """All runs, seed by seed. The runs of a pair stand side by side, to end together."""
+    """All runs, seed by seed. The runs of a pair stand side by side, to end together.
+
+    Of every second seed the kinds come in reverse, so that no kind always has the same GPU.
+    """
     return [
         Run(group, kind, seed, f"{options} {KINDS[kind]} --seed {seed}")
         for seed in seeds
         for group, options in groups.items()
-        for kind in kinds
+        for kind in (kinds if seed % 2 else kinds[::-1])
     ]
 
 
@@ -446,6 +449,7 @@ class Runner:
             "data_bytes": [self.meta[split]["bytes"] for split in ("train", "val")],
             "eval_tokens": min(EVAL_TOKENS, self.meta["val"]["tokens"]),
             "gpu": self.devices[device],
+            "device": device,
             "torch": torch.__version__,
             **code_version(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

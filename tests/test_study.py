@@ -225,6 +225,19 @@ def test_one_run_at_a_time_on_each_device(data, monkeypatch):
     assert three[1] > earlier[2]
 
 
+def test_no_kind_has_the_same_device_with_every_seed(data, monkeypatch):
+    monkeypatch.setattr(study, "find_devices", lambda: {"3": "a GPU", "5": "a GPU"})
+    devices = []
+    for seed in (1, 2):  # each seed a session of its own, so that both devices are free
+        folder = Path(f"results-{seed}")
+        monkeypatch.setitem(study.STUDIES, "tiny", study.Study("", grid(seeds=[seed])))
+        with pytest.raises(SystemExit):
+            study.main(["tiny", "--data", str(data), "--results", str(folder)])
+        by_kind = {r["settings"]["knock_v"]: r["device"] for r in report.read_results(folder)}
+        devices.append([by_kind["none"], by_kind["mlp"]])
+    assert devices == [["3", "5"], ["5", "3"]]
+
+
 def test_visible_devices_keep_their_names(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU {i}")
@@ -307,7 +320,9 @@ def test_every_run_has_its_baseline_and_is_known_to_train_py(name):
 
 def test_a_pair_stands_side_by_side():
     pairs = [(run.kind, run.seed) for run in study.STUDIES["types"].runs[:8]]
-    assert pairs == [(kind, seed) for seed in (1, 2, 3, 4) for kind in ("none", "mlp on v")]
+    both = ["none", "mlp on v"]
+    assert [seed for _, seed in pairs] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert [kind for kind, _ in pairs] == [*both, *both[::-1]] * 2
 
 
 def test_studies_share_runs():
