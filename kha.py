@@ -215,13 +215,13 @@ class GQA(nn.Module):
         self.q_norm = RMSNorm(D, eps=config.norm_eps)
         self.k_norm = RMSNorm(D, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, common: Common, cache=None) -> Tensor:
+    def forward(self, x: Tensor, common: Common, layer_cache=None) -> Tensor:
         q = self.wq(x)  # (B, T, H, D), knocked
         k, v = self.wk(x), self.wv(x)  # (B, T, H_kv, D), knocked
         q = rotate(self.q_norm(q), common.rope)
         k = rotate(self.k_norm(k), common.rope)
-        if cache is not None:
-            k, v = cache.update(common, k, v)  # (B, S, H_kv, D), with those of earlier tokens
+        if layer_cache is not None:
+            k, v = layer_cache.update(common, k, v)  # (B, S, H_kv, D), with earlier tokens'
         y = attend(q, k, v, common.mask)  # (B, T, H, D)
         return self.wo(y.flatten(2))  # (B, T, H * D) -> (B, T, C)
 
@@ -239,8 +239,8 @@ class Block(nn.Module):
         else:
             self.ffn = SwiGLU(config.n_embd, config.d_ff)
 
-    def forward(self, x: Tensor, common: Common, cache=None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), common, cache)
+    def forward(self, x: Tensor, common: Common, layer_cache=None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), common, layer_cache)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -289,21 +289,20 @@ class Transformer(nn.Module):
         mean cross-entropy in nats, a scalar. A cache (sample.Cache) stores what later tokens need.
         Tokens that continue a cached text need their `position` (T,); without it they begin a text.
         Raises ValueError for more than block_size tokens."""
-        T, config, mask = tokens.shape[1], self.config, None
+        T, config = tokens.shape[1], self.config
         if T > config.block_size:
             raise ValueError(f"{T} tokens are more than the model's context of {config.block_size}")
         if position is None:
-            position = torch.arange(T, device=tokens.device)
+            position, mask = torch.arange(T, device=tokens.device), None
         else:  # a token sees the cache up to its own position, and not the empty places after it
             mask = torch.arange(cache.length, device=tokens.device) <= position[:, None]  # (T, S)
-        rope = rope_tables(position, config.rope_dim, config.rope_base)
-        common = Common(position, rope, mask)
+        common = Common(position, rope_tables(position, config.rope_dim, config.rope_base), mask)
         x = self.embed(tokens).to(dtype=self.compute_dtype)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training and cache is None:
                 x = checkpoint(block, x, common, use_reentrant=False)
             else:
-                x = block(x, common, cache.layers[i] if cache is not None else None)
+                x = block(x, common, None if cache is None else cache.layers[i])
         if targets is None:
             return self.logits(x)
         if self.loss is not None:
@@ -352,14 +351,14 @@ class GTA(nn.Module):
         self.k_norm = RMSNorm(D // 2, eps=eps)
         self.k_rope_norm = RMSNorm(D // 2, eps=eps)
 
-    def forward(self, x: Tensor, common: Common, cache=None) -> Tensor:
+    def forward(self, x: Tensor, common: Common, layer_cache=None) -> Tensor:
         q, state = self.wq(x), self.wv(x)  # (B, T, H, D) and (B, T, H_kv, D), knocked
         q, q_rope = self.q_norm(q).chunk(2, dim=-1)  # (B, T, H, D/2)
         q = torch.cat((q, rotate(q_rope, common.rope)), dim=-1)  # (B, T, H, D)
         k_rope = self.k_rope_norm(self.wk_rope(x))  # (B, T, D/2)
         k_rope = rotate(k_rope[:, :, None], common.rope)  # (B, T, 1, D/2)
-        if cache is not None:
-            state, k_rope = cache.update(common, state, k_rope)
+        if layer_cache is not None:
+            state, k_rope = layer_cache.update(common, state, k_rope)  # (B, S, ...)
         k = self.k_norm(state.chunk(2, dim=-1)[0])  # (B, S, H_kv, D/2)
         k = torch.cat((k, k_rope.expand_as(k)), dim=-1)  # (B, S, H_kv, D)
         return self.wo(attend(q, k, state, common.mask).flatten(2))
@@ -388,15 +387,15 @@ class MLA(nn.Module):
         self.wk = Heads(rank, H, D, config.knock_k)  # W^UK: head h reads the latent of its group
         self.wv = Heads(rank, H, D, config.knock_v)  # W^UV
 
-    def forward(self, x: Tensor, common: Common, cache=None) -> Tensor:
+    def forward(self, x: Tensor, common: Common, layer_cache=None) -> Tensor:
         G, D = self.n_latent, self.wq.knock.head_dim
         q_latent = self.q_norm(self.wq_latent(x))
         q = self.wq(q_latent)  # (B, T, H, D)
         q_rope = rotate(self.wq_rope(q_latent).unflatten(-1, (-1, D // 2)), common.rope)
         latent = self.kv_norm(self.wkv_latent(x).unflatten(-1, (G, -1)))  # (B, T, G, R)
         k_rope = rotate(self.wk_rope(x)[:, :, None], common.rope)  # (B, T, 1, D/2)
-        if cache is not None:
-            latent, k_rope = cache.update(common, latent, k_rope)
+        if layer_cache is not None:
+            latent, k_rope = layer_cache.update(common, latent, k_rope)  # (B, S, ...)
         wk = self.wk.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))  # (G, H/G, D, R)
         wv = self.wv.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))
         if common.mask is None:  # no past: make keys and values, which are smaller than latents
