@@ -52,8 +52,8 @@ class Config:
     n_kv_head: int = 12  # key and value heads: n_head of them is MHA, 1 is MQA, between is GQA
     head_dim: int = 64  # features of a head
     attention: str = "gqa"  # gqa, gta or mla
-    kv_rank: int = 0  # MLA: width of all n_kv_head latents together (1 latent is MLA, more are GLA)
-    q_rank: int = 0  # MLA: width of the query's latent; 0: it has none
+    kv_rank: int = 0  # MLA: features of all n_kv_head latents together; 2 latents or more are GLA
+    q_rank: int = 0  # MLA: features of the query's latent; 0: it has none
     d_ff: int = 2048  # width of the SwiGLU, or of each expert
     n_expert: int = 0  # 0 is a dense model
     top_k: int = 0  # experts per token
@@ -106,7 +106,7 @@ class Knock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Every head of x (..., H, D) on its own: the same shape."""
         if self.kind == "linear":
-            return x @ self.t.to(x.dtype)  # not used by Heads: see its forward
+            return x @ self.t.to(x.dtype)  # Heads puts T into its weight instead
         if self.kind == "mlp":
             up, gate, down = self.up.to(x.dtype), self.gate.to(x.dtype), self.down.to(x.dtype)
             if can_fuse(x):
@@ -118,7 +118,7 @@ class Knock(nn.Module):
 
 
 class Heads(nn.Module):
-    """W^Q, W^K or W^V and its knock: x (B, T, C) -> all heads (B, T, H, D), knocked."""
+    """W^Q, W^K or W^V (eq. 1-3) and its knock: x (B, T, C) -> all heads (B, T, H, D), knocked."""
 
     def __init__(self, n_in: int, n_head: int, head_dim: int, knock: str = "none"):
         super().__init__()
@@ -190,9 +190,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale=No
     """Eq. 4, softmax(q k' scale) v for each head: q (B, T, H, D), k and v (B, S, H_kv, D) ->
     (B, T, H, D). H / H_kv query heads share a key/value head. The default scale is 1 / sqrt(D).
     Without a mask (T, S), attention is causal: a token sees itself and what is before it."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T or S, D)
     if mask is not None:
-        return attend_with_mask(q, k, v, mask, scale)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T, D)
+        return attend_with_mask(q, k, v, mask, scale).transpose(1, 2)  # (B, T, H, D)
     grouped = q.shape[1] > k.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2)  # (B, T, H, D)
@@ -263,7 +263,7 @@ def init_weights(module: nn.Module, config: Config) -> None:
             p.fill_(1)
         elif name.endswith(("wo.weight", "w_down", "experts_down")):
             p.normal_(std=out_std)
-        else:  # embedding, head, W^Q, W^K, W^V, w_up, experts_up, router
+        else:  # embedding, output (head), W^Q, W^K, W^V, w_up, experts_up, router
             p.normal_(std=0.02)
     for buffer in module.buffers():  # the balancing bias and the load of a mixture of experts
         buffer.zero_()
@@ -272,7 +272,7 @@ def init_weights(module: nn.Module, config: Config) -> None:
 class Transformer(nn.Module):
     """The decoder. Activations have `compute_dtype`; None: the dtype of the weights. `recompute`
     computes each block's activations again in the backward pass instead of keeping them. `loss`, a
-    function of (normed x, the output's weight, targets), may replace the one in `forward`."""
+    function of (normed x, the output's weight, targets), replaces forward's: see data/loss.py."""
 
     def __init__(self, config: Config, compute_dtype=None, recompute=False, loss=None):
         super().__init__()
@@ -324,13 +324,13 @@ class Transformer(nn.Module):
 
 
 def attend_with_mask(q, k, v, mask: Tensor, scale: float | None) -> Tensor:
-    """`attend` with a mask. Sampling has few queries and a long past: plain products are faster."""
-    group = q.shape[2] // k.shape[2]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # k, v: (B, H_kv, S, D)
-    q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, H_kv, H/H_kv * T, D): a group is one head
-    scores = upcast(q @ k.mT) * (scale or q.shape[-1] ** -0.5)
+    """`attend` with a mask, for sampling: q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D).
+    With few queries and a long past, plain products are faster than torch's attention."""
+    group = q.shape[1] // k.shape[1]  # query heads that share a key/value head
+    q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, H_kv, group * T, D), one head after another
+    scores = upcast(q @ k.mT) * (scale or q.shape[-1] ** -0.5)  # (B, H_kv, group * T, S)
     y = scores.masked_fill(~mask.repeat(group, 1), -math.inf).softmax(-1).to(v.dtype) @ v
-    return y.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2)  # (B, T, H, D)
+    return y.unflatten(2, (group, -1)).flatten(1, 2)  # (B, H, T, D)
 
 
 class GTA(nn.Module):
@@ -385,11 +385,11 @@ class MLA(nn.Module):
         self.kv_norm = RMSNorm(rank, eps=eps)
         self.wk_rope = Linear(C, D // 2)
         self.wk = Heads(rank, H, D, config.knock_k)  # W^UK: head h reads the latent of its group
-        self.wv = Heads(rank, H, D, config.knock_v)  # W^UV
+        self.wv = Heads(rank, H, D, config.knock_v)  # W^UV; of both, forward uses the weight alone
 
     def forward(self, x: Tensor, common: Common, layer_cache=None) -> Tensor:
         G, D = self.n_latent, self.wq.knock.head_dim
-        q_latent = self.q_norm(self.wq_latent(x))
+        q_latent = self.q_norm(self.wq_latent(x))  # (B, T, q_rank); x itself if q_rank is 0
         q = self.wq(q_latent)  # (B, T, H, D)
         q_rope = rotate(self.wq_rope(q_latent).unflatten(-1, (-1, D // 2)), common.rope)
         latent = self.kv_norm(self.wkv_latent(x).unflatten(-1, (G, -1)))  # (B, T, G, R)
@@ -397,7 +397,7 @@ class MLA(nn.Module):
         if layer_cache is not None:
             latent, k_rope = layer_cache.update(common, latent, k_rope)  # (B, S, ...)
         wk = self.wk.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))  # (G, H/G, D, R)
-        wv = self.wv.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))
+        wv = self.wv.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))  # as wk
         if common.mask is None:  # no past: make keys and values, which are smaller than latents
             k = torch.einsum("btgr,ghdr->btghd", latent, wk).flatten(2, 3)  # (B, T, H, D)
             v = torch.einsum("btgr,ghdr->btghd", latent, wv).flatten(2, 3)
@@ -590,7 +590,7 @@ CONFIGS = {  # toy is for two CPU cores, small for studies on one GPU, both for 
     "small": dict(vocab_size=320, n_layer=10, n_embd=512, n_head=12, n_kv_head=4, head_dim=64,
                   d_ff=224, n_expert=32, top_k=4),
     "gpt2": dict(),  # as large as GPT-2 124M, to compare with nanoGPT
-    # Table 5, then the main model of section 4: the paper prints only the sizes of its shape.
+    # Table 5. Of the main model (section 4) the paper prints only parameters: its shape is ours.
     "moe-0.4b-2.3b": dict(_paper, n_layer=12, n_embd=1152, d_ff=768, n_expert=64, top_k=4),
     "moe-0.8b-6.6b": dict(_paper, n_layer=18, n_embd=1536, d_ff=1152, n_expert=64, top_k=4),
     "moe-1.6b-14.6b": dict(_paper, n_layer=23, n_embd=2048, d_ff=1536, n_expert=64, top_k=4),
