@@ -438,7 +438,6 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
     gets one knock, which its heads of head_dim outputs share; with `rows` only these outputs, such
     as slice(2 * n_embd, 3 * n_embd) for nanoGPT's values. They start as the identity. Returns the
     knocks by the names of the projections. Raises ValueError if a module cannot be knocked.
-
     To load such a model: make the base model, call add_knocks as before, then load_state_dict.
     LoRA on a knocked projection adds to what the knock returns: fold first, then merge."""
     if isinstance(model, Transformer):
@@ -492,7 +491,6 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
     the same. T goes into W^Q, W^K, W^V (eq. 8), and so do W^up and W^gate; a `FoldedGate` remains.
     If the heads are only values, W^down goes into W^O, as attention is linear in them. For a model
     that is not ours, `value` and `output` name the two nn.Linear, such as "v_proj" and "o_proj".
-
     Raises ValueError, with nothing changed, for an MLP knock on a projection with bias or on a part
     of its outputs, if no plain nn.Linear `output` is beside `value`, and if layers share it."""
     if isinstance(model, Transformer):
@@ -553,18 +551,21 @@ def fold_gate(weight: Tensor, knock: Knock, wo: nn.Module | None) -> tuple[Tenso
     return weight, FoldedGate(knock.head_dim, down if wo is None else None)
 
 
+def check_fields(config, choices: dict, may_be_zero: tuple[str, ...]) -> None:
+    """Raises ValueError for a field outside its `choices`, or for a number that is not positive."""
+    for field in fields(config):
+        name, value, zero = field.name, getattr(config, field.name), field.name in may_be_zero
+        if name in choices and value not in choices[name]:
+            raise ValueError(f"{name} must be one of {', '.join(choices[name])}, not {value!r}")
+        if field.type in (int, float) and not (0 < value < math.inf or zero and value == 0):
+            raise ValueError(f"{name} must be {'>= 0' if zero else 'positive'}, not {value}")
+
+
 def check_config(c: Config) -> None:
     """Raises ValueError, in one line, for a shape that cannot be built."""
-    choices = {"attention": tuple(ATTENTIONS), "knock_init": ("identity", "random")}
-    choices |= {f"knock_{part}": tuple(KNOCKS) for part in "qkv"}
-    for field in fields(c):
-        value = getattr(c, field.name)
-        allowed = choices.get(field.name, (value,))
-        if value not in allowed:
-            raise ValueError(f"{field.name} must be one of {', '.join(allowed)}, not {value!r}")
-        zero = field.name in ("n_expert", "top_k", "kv_rank", "q_rank")
-        if field.type in (int, float) and not (0 < value < math.inf or zero and value == 0):
-            raise ValueError(f"{field.name} must be {'>= 0' if zero else 'positive'}, not {value}")
+    choices = {"attention": ATTENTIONS, "knock_init": ("identity", "random")}
+    choices |= {"knock_q": KNOCKS, "knock_k": KNOCKS, "knock_v": KNOCKS}
+    check_fields(c, choices, may_be_zero=("n_expert", "top_k", "kv_rank", "q_rank"))
     mla, knocks = c.attention == "mla", {c.knock_q, c.knock_k, c.knock_v}
     for wrong, message in [
         (c.n_head % c.n_kv_head, "n_head must be a multiple of n_kv_head"),

@@ -55,7 +55,7 @@ from data.tokens import (
     open_tokens,
     tokenizer_for_checkpoint,
 )
-from kha import CONFIGS, Config, Transformer, init_weights
+from kha import CONFIGS, Config, Transformer, check_fields, init_weights
 from moe import BALANCE_RULES
 from sample import write_samples
 
@@ -91,17 +91,9 @@ class TrainConfig:
     compile: bool = True  # torch.compile the blocks and the loss, on CUDA
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, zero = getattr(self, field.name), field.name in MAY_BE_ZERO
-            if field.type in (int, float) and not (0 < value < math.inf or zero and value == 0):
-                least = ">= 0" if zero else "positive"
-                raise ValueError(f"{field.name} must be {least}, not {value}")
+        check_fields(self, {"balance": BALANCE_RULES, "parallel": ("ddp", "fsdp")}, MAY_BE_ZERO)
         if max(self.beta1, self.beta2) >= 1:
             raise ValueError(f"beta1 and beta2 must be under 1, not {self.beta1} and {self.beta2}")
-        for name, choices in (("balance", BALANCE_RULES), ("parallel", ("ddp", "fsdp"))):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 # The paper's settings for its exploratory models, 100B tokens, and for the main one, 1T tokens.
