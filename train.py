@@ -55,7 +55,7 @@ from data.tokens import (
     open_tokens,
     tokenizer_for_checkpoint,
 )
-from kha import CONFIGS, Config, Transformer, check_fields, init_weights
+from kha import CONFIGS, Block, Config, Transformer, check_fields, init_weights
 from moe import BALANCE_RULES
 from sample import write_samples
 
@@ -169,21 +169,21 @@ def warn_of_a_jump(before: TrainConfig, after: TrainConfig, step: int) -> None:
 
 def update(
     model: Transformer,
-    parallel: nn.Module,
+    wrapped: nn.Module,
     optimizer: torch.optim.Optimizer,
     train: TrainConfig,
     micros: Tensor,
 ) -> Tensor:
     """One optimizer step on micro-batches (n_micro, B, T + 1) of token ids.
 
-    `parallel` is what to call for the loss: the model itself, or DDP around it. Returns a tensor
+    `wrapped` is what to call for the loss: the model itself, or DDP around it. Returns a tensor
     (4,): loss, grad_norm, worst_load, and 1 if loss and gradient are finite. With a 0 there the
     weights stay as they were. The tensor is on the device; the CPU has not waited for it.
     """
     loss = torch.zeros((), device=micros.device)
     for i, rows in enumerate(micros):
-        with synchronising(parallel, i == len(micros) - 1):
-            part = parallel(rows[:, :-1], rows[:, 1:]) / len(micros)
+        with synchronising(wrapped, i == len(micros) - 1):
+            part = wrapped(rows[:, :-1], rows[:, 1:]) / len(micros)
             part.backward()
         loss += part.detach()
     loss = sum_over_processes(loss) / n_processes()
@@ -192,12 +192,12 @@ def update(
     optimizer.found_inf = (~finite).float()  # fused AdamW skips its step if this is 1
     optimizer.step()
     # DDP's gradients stay in its buckets. With None, backward would make others beside them.
-    optimizer.zero_grad(set_to_none=not isinstance(parallel, DistributedDataParallel))
-    worst_load = balance(model, train.balance_rate * finite, train.balance)
+    optimizer.zero_grad(set_to_none=not isinstance(wrapped, DistributedDataParallel))
+    worst_load = balance_experts(model, train.balance_rate * finite, train.balance)
     return torch.stack((loss, grad_norm, worst_load, finite))
 
 
-def balance(model: Transformer, rate: Tensor, rule: str) -> Tensor:
+def balance_experts(model: Transformer, rate: Tensor, rule: str) -> Tensor:
     """Move the bias of every mixture against its load in this update, of all processes. Returns
     the worst load, a scalar: the busiest expert's over the mean, in the worst layer."""
     moes = model.moes()
@@ -289,13 +289,15 @@ def build_model(
     torch.manual_seed(train.seed)
     with torch.device("meta"):
         model = Transformer(config, dtype, train.recompute, chunked_loss(compiles))
-    for child in model.children():
-        for part in child if child is model.blocks else [child]:
-            init_weights(part.to_empty(device=device), config)
-            if child is model.blocks and compiles:
-                part.compile()  # one compiled block serves all: a minute less than the whole model
-            if child is model.blocks and shard:
-                fully_shard(part, mp_policy=policy)
+    parts = [model.embed, *model.blocks, model.norm]
+    if model.head is not None:
+        parts.append(model.head)
+    for part in parts:
+        init_weights(part.to_empty(device=device), config)
+        if isinstance(part, Block) and compiles:
+            part.compile()  # one compiled block serves all: a minute less than the whole model
+        if isinstance(part, Block) and shard:
+            fully_shard(part, mp_policy=policy)
     if shard:
         return model, fully_shard(model, mp_policy=policy)
     if n_process > 1:
@@ -367,7 +369,7 @@ def main(argv: list[str]) -> None:
     tokens = open_tokens(train.data, "train")
     held_out = open_tokens(train.data, "val")[: train.eval_tokens + 1]
     tokenizer = load_tokenizer(meta["tokenizer"])
-    model, parallel = build_model(config, train, device, n_process)
+    model, wrapped = build_model(config, train, device, n_process)
     optimizer = make_optimizer(model, train)
     if checkpoint:
         files.restore(model, optimizer, checkpoint)
@@ -383,7 +385,7 @@ def main(argv: list[str]) -> None:
         rows = draw_batch(tokens, n, T, train.seed, step, rank, n_process)
         return on_device(rows.unflatten(0, (-1, train.micro_batch)), device)
 
-    step_once = partial(update, model, parallel, optimizer, train)
+    step_once = partial(update, model, wrapped, optimizer, train)
     ahead = 1 if device.startswith("cuda") else 0  # updates that a GPU has waiting
     waiting, stopping = deque(), False
     reserves = rank == 0 and train.save_every and start < train.steps
@@ -407,7 +409,7 @@ def main(argv: list[str]) -> None:
                 finite, stopping = log.update(*waiting.popleft())
             val_loss = None
             if evaluates:
-                part = evaluate(parallel, held_out, T, train.micro_batch, device, rank, n_process)
+                part = evaluate(wrapped, held_out, T, train.micro_batch, device, rank, n_process)
                 val_loss = sum_over_processes(part).item()
                 val_bpb = bits_per_byte(val_loss, meta["val"])
                 log.evaluation(done, val_loss, val_bpb, knock_movement(model))
@@ -431,9 +433,9 @@ def main(argv: list[str]) -> None:
         log.say(f"nothing to train: all {start} steps are done (give more --steps)")
     if train.sample_tokens and (not stopping or last):
         torch.compiler.set_stance("force_eager")  # each length would be compiled for itself
-        options = {"max_new_tokens": train.sample_tokens}
+        # All processes sample, because with FSDP each has a part of the weights. One prints.
         with nullcontext() if rank == 0 else redirect_stdout(None):
-            write_samples(model.eval(), tokenizer, train.prompt, **options)
+            write_samples(model.eval(), tokenizer, train.prompt, max_new_tokens=train.sample_tokens)
     leave_processes()
 
 
