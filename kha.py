@@ -208,7 +208,7 @@ class GQA(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         C, D = config.n_embd, config.head_dim
-        self.wo = Linear(config.n_head * D, C)
+        self.wo = Linear(config.n_head * D, C)  # init_weights draws in the order of definition
         self.wq = Heads(C, config.n_head, D, config.knock_q)
         self.wk = Heads(C, config.n_kv_head, D, config.knock_k)
         self.wv = Heads(C, config.n_kv_head, D, config.knock_v)
@@ -504,11 +504,11 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
             knocks, rows, bias = part.knocks, part.rows, part.bias
         else:
             continue
-        kinds, wo, (place, _, child) = {knock.kind for knock in knocks}, None, name.rpartition(".")
+        kinds, wo = {knock.kind for knock in knocks}, None
         if kinds & {"mlp", "gate"} and (bias is not None or rows != [(0, len(part.weight))]):
             raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias or idle outputs")
-        if kinds & {"mlp", "gate"} and child == value:
-            wo = getattr(model.get_submodule(place), output or "", None)
+        if kinds & {"mlp", "gate"} and name.split(".")[-1] == value:
+            wo = getattr(model.get_submodule(name.rpartition(".")[0]), output or "", None)
             if type(wo) not in (nn.Linear, Linear):
                 raise ValueError(f"{name} has no neighbour {output}, a plain nn.Linear")
         if kinds - {"none", "folded"}:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from data import checkpoint as files
+from data.checkpoint import FORMAT, Saver, list_to_resume, read_newest, restore, start_from
 from data.device import can_capture, capture, on_device, pick_device
 from data.evaluation import bits_per_byte, evaluate
 from data.figures import advice_on_memory, knock_movement
@@ -58,8 +58,6 @@ from data.tokens import (
 from kha import CONFIGS, Block, Config, Transformer, check_fields, init_weights
 from moe import BALANCE_RULES
 from sample import write_samples
-
-MAY_BE_ZERO = ("seed", "weight_decay", "balance_rate", "save_every", "sample_tokens")
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,9 @@ class TrainConfig:
     compile: bool = True  # torch.compile the blocks and the loss, on CUDA
 
     def __post_init__(self):
-        check_fields(self, {"balance": BALANCE_RULES, "parallel": ("ddp", "fsdp")}, MAY_BE_ZERO)
+        choices = {"balance": BALANCE_RULES, "parallel": ("ddp", "fsdp")}
+        may_be_zero = ("seed", "weight_decay", "balance_rate", "save_every", "sample_tokens")
+        check_fields(self, choices, may_be_zero)
         if max(self.beta1, self.beta2) >= 1:
             raise ValueError(f"beta1 and beta2 must be under 1, not {self.beta1} and {self.beta2}")
 
@@ -128,8 +128,8 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
         raise ValueError("--out is empty: name a folder")
     if not resume:
         check_new(settings["out"])
-    elif saved := files.list_to_resume(settings["out"]):
-        checkpoint = files.read_newest(saved)
+    elif saved := list_to_resume(settings["out"]):
+        checkpoint = read_newest(saved)
         try:
             before = TrainConfig(**{**checkpoint["train"], "out": settings["out"]})
         except TypeError as error:
@@ -149,7 +149,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
         if os.path.exists(os.path.join(settings["init"], "config.json")):
             config, checkpoint = start_from_hf(settings["init"], shape)
         else:
-            config, checkpoint = files.start_from(settings["init"], shape)
+            config, checkpoint = start_from(settings["init"], shape)
         return config, TrainConfig(**settings), checkpoint
     return Config(**{**CONFIGS[name], **shape}), TrainConfig(**settings), None
 
@@ -250,8 +250,9 @@ def lr_at(step: int, train: TrainConfig) -> float:
 
 
 def make_optimizer(model: Transformer, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, norms do not. The learning rate is a tensor, so that a CUDA graph of
-    the step reads what it is then."""
+    """AdamW; matrices decay, norms do not. Knocks are matrices, too: they decay towards 0, and not
+    towards the identity (the paper does not say). The learning rate is a tensor, so that a CUDA
+    graph of the step reads what it is then."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [
@@ -372,7 +373,7 @@ def main(argv: list[str]) -> None:
     model, wrapped = build_model(config, train, device, n_process)
     optimizer = make_optimizer(model, train)
     if checkpoint:
-        files.restore(model, optimizer, checkpoint)
+        restore(model, optimizer, checkpoint)
         checkpoint = None  # its file is mapped into memory, and would stay on the disk if removed
     log = Log(train.out, start, writes=rank == 0)
     settings = {"config": asdict(config), "train": asdict(train)}
@@ -389,7 +390,7 @@ def main(argv: list[str]) -> None:
     ahead = 1 if device.startswith("cuda") else 0  # updates that a GPU has waiting
     waiting, stopping = deque(), False
     reserves = rank == 0 and train.save_every and start < train.steps
-    saver = files.Saver(train.out, start, meta["val"]["tokens"], model if reserves else None)
+    saver = Saver(train.out, start, meta["val"]["tokens"], model if reserves else None)
     with Signals() as signals, advice_on_memory(config, train, n_process), saver:
         micros = draw(start)
         can_graph = n_process == 1 and len(micros) == 1 and can_capture(model)
@@ -415,7 +416,7 @@ def main(argv: list[str]) -> None:
                 log.evaluation(done, val_loss, val_bpb, knock_movement(model))
             # After a skipped update it saves only at the end: the weights may be at fault.
             if stopping or (saves and (finite or last)):
-                state = {**settings, "format": files.FORMAT, "step": done, "val_loss": val_loss}
+                state = {**settings, "format": FORMAT, "step": done, "val_loss": val_loss}
                 state |= {"tokenizer": tokenizer_for_checkpoint(tokenizer)}
                 state |= saver.collect(model, optimizer)
                 if rank == 0:
