@@ -62,7 +62,7 @@ class Config:
     knock_v: str = "mlp"  # as knock_q; on values a knock gains most (Table 2)
     knock_init: str = "identity"  # identity, or random for the paper's ablation
     tie_embeddings: bool = True  # the output has the weight of the embedding, not one of its own
-    rope_base: float = 10000.0  # pair j turns by rope_base^(-2j / rope_dim) from token to token
+    rope_base: float = 10000.0  # RoPE: pair j turns by rope_base^(-2j / rope_dim) radians a token
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
 
     def __post_init__(self):
