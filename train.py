@@ -210,11 +210,11 @@ def balance_experts(model: Transformer, rate: Tensor, rule: str) -> Tensor:
     return (loads.amax(-1) / loads.mean(-1)).max()
 
 
-def graphed(step: Callable[[Tensor], Tensor], micros: Tensor) -> Callable[[Tensor], Tensor]:
-    """Capture `step`, an update that has run before, as a CUDA graph for micro-batches of this
+def graphed(step_once: Callable[[Tensor], Tensor], micros: Tensor) -> Callable[[Tensor], Tensor]:
+    """Capture `step_once`, an update that has run before, as a CUDA graph for micro-batches of this
     shape. A CPU is too slow to launch the many small kernels of a small model one by one."""
     place = micros.clone()
-    replay = capture(lambda: step(place))
+    replay = capture(lambda: step_once(place))
 
     def run(micros: Tensor) -> Tensor:
         place.copy_(micros)
@@ -410,8 +410,8 @@ def main(argv: list[str]) -> None:
                 finite, stopping = log.update(*waiting.popleft())
             val_loss = None
             if evaluates:
-                part = evaluate(wrapped, held_out, T, train.micro_batch, device, rank, n_process)
-                val_loss = sum_over_processes(part).item()
+                share = evaluate(wrapped, held_out, T, train.micro_batch, device, rank, n_process)
+                val_loss = sum_over_processes(share).item()
                 val_bpb = bits_per_byte(val_loss, meta["val"])
                 log.evaluation(done, val_loss, val_bpb, knock_movement(model))
             # After a skipped update it saves only at the end: the weights may be at fault.
