@@ -52,8 +52,8 @@ class Config:
     n_kv_head: int = 12  # key and value heads: n_head of them is MHA, 1 is MQA, between is GQA
     head_dim: int = 64  # features of a head
     attention: str = "gqa"  # gqa, gta or mla
-    kv_rank: int = 0  # MLA: width of all n_kv_head latents together (1 latent is MLA, more are GLA)
-    q_rank: int = 0  # MLA: width of the query's latent; 0: it has none
+    kv_rank: int = 0  # MLA: features of all n_kv_head latents together; 2 latents or more are GLA
+    q_rank: int = 0  # MLA: features of the query's latent; 0: it has none
     d_ff: int = 2048  # width of the SwiGLU, or of each expert
     n_expert: int = 0  # 0 is a dense model
     top_k: int = 0  # experts per token
@@ -62,7 +62,7 @@ class Config:
     knock_v: str = "mlp"  # as knock_q; on values a knock gains most (Table 2)
     knock_init: str = "identity"  # identity, or random for the paper's ablation
     tie_embeddings: bool = True  # the output has the weight of the embedding, not one of its own
-    rope_base: float = 10000.0  # pair j turns by rope_base^(-2j / rope_dim) from token to token
+    rope_base: float = 10000.0  # RoPE: pair j turns by rope_base^(-2j / rope_dim) radians a token
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
 
     def __post_init__(self):
@@ -106,7 +106,7 @@ class Knock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Every head of x (..., H, D) on its own: the same shape."""
         if self.kind == "linear":
-            return x @ self.t.to(x.dtype)  # not used by Heads: see its forward
+            return x @ self.t.to(x.dtype)  # Heads puts T into its weight instead
         if self.kind == "mlp":
             up, gate, down = self.up.to(x.dtype), self.gate.to(x.dtype), self.down.to(x.dtype)
             if can_fuse(x):
@@ -118,7 +118,7 @@ class Knock(nn.Module):
 
 
 class Heads(nn.Module):
-    """W^Q, W^K or W^V and its knock: x (B, T, C) -> all heads (B, T, H, D), knocked."""
+    """W^Q, W^K or W^V (eq. 1-3) and its knock: x (B, T, C) -> all heads (B, T, H, D), knocked."""
 
     def __init__(self, n_in: int, n_head: int, head_dim: int, knock: str = "none"):
         super().__init__()
@@ -190,9 +190,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale=No
     """Eq. 4, softmax(q k' scale) v for each head: q (B, T, H, D), k and v (B, S, H_kv, D) ->
     (B, T, H, D). H / H_kv query heads share a key/value head. The default scale is 1 / sqrt(D).
     Without a mask (T, S), attention is causal: a token sees itself and what is before it."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T or S, D)
     if mask is not None:
-        return attend_with_mask(q, k, v, mask, scale)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T, D)
+        return attend_with_mask(q, k, v, mask, scale).transpose(1, 2)  # (B, T, H, D)
     grouped = q.shape[1] > k.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2)  # (B, T, H, D)
@@ -208,20 +208,20 @@ class GQA(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         C, D = config.n_embd, config.head_dim
-        self.wo = Linear(config.n_head * D, C)
+        self.wo = Linear(config.n_head * D, C)  # init_weights draws in the order of definition
         self.wq = Heads(C, config.n_head, D, config.knock_q)
         self.wk = Heads(C, config.n_kv_head, D, config.knock_k)
         self.wv = Heads(C, config.n_kv_head, D, config.knock_v)
         self.q_norm = RMSNorm(D, eps=config.norm_eps)
         self.k_norm = RMSNorm(D, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, common: Common, cache=None) -> Tensor:
+    def forward(self, x: Tensor, common: Common, layer_cache=None) -> Tensor:
         q = self.wq(x)  # (B, T, H, D), knocked
         k, v = self.wk(x), self.wv(x)  # (B, T, H_kv, D), knocked
         q = rotate(self.q_norm(q), common.rope)
         k = rotate(self.k_norm(k), common.rope)
-        if cache is not None:
-            k, v = cache.update(common, k, v)  # (B, S, H_kv, D), with those of earlier tokens
+        if layer_cache is not None:
+            k, v = layer_cache.update(common, k, v)  # (B, S, H_kv, D), with earlier tokens'
         y = attend(q, k, v, common.mask)  # (B, T, H, D)
         return self.wo(y.flatten(2))  # (B, T, H * D) -> (B, T, C)
 
@@ -239,8 +239,8 @@ class Block(nn.Module):
         else:
             self.ffn = SwiGLU(config.n_embd, config.d_ff)
 
-    def forward(self, x: Tensor, common: Common, cache=None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), common, cache)
+    def forward(self, x: Tensor, common: Common, layer_cache=None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), common, layer_cache)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -263,7 +263,7 @@ def init_weights(module: nn.Module, config: Config) -> None:
             p.fill_(1)
         elif name.endswith(("wo.weight", "w_down", "experts_down")):
             p.normal_(std=out_std)
-        else:  # embedding, head, W^Q, W^K, W^V, w_up, experts_up, router
+        else:  # embedding, output (head), W^Q, W^K, W^V, w_up, experts_up, router
             p.normal_(std=0.02)
     for buffer in module.buffers():  # the balancing bias and the load of a mixture of experts
         buffer.zero_()
@@ -272,7 +272,7 @@ def init_weights(module: nn.Module, config: Config) -> None:
 class Transformer(nn.Module):
     """The decoder. Activations have `compute_dtype`; None: the dtype of the weights. `recompute`
     computes each block's activations again in the backward pass instead of keeping them. `loss`, a
-    function of (normed x, the output's weight, targets), may replace the one in `forward`."""
+    function of (normed x, the output's weight, targets), replaces forward's: see data/loss.py."""
 
     def __init__(self, config: Config, compute_dtype=None, recompute=False, loss=None):
         super().__init__()
@@ -289,21 +289,20 @@ class Transformer(nn.Module):
         mean cross-entropy in nats, a scalar. A cache (sample.Cache) stores what later tokens need.
         Tokens that continue a cached text need their `position` (T,); without it they begin a text.
         Raises ValueError for more than block_size tokens."""
-        T, config, mask = tokens.shape[1], self.config, None
+        T, config = tokens.shape[1], self.config
         if T > config.block_size:
             raise ValueError(f"{T} tokens are more than the model's context of {config.block_size}")
         if position is None:
-            position = torch.arange(T, device=tokens.device)
+            position, mask = torch.arange(T, device=tokens.device), None
         else:  # a token sees the cache up to its own position, and not the empty places after it
             mask = torch.arange(cache.length, device=tokens.device) <= position[:, None]  # (T, S)
-        rope = rope_tables(position, config.rope_dim, config.rope_base)
-        common = Common(position, rope, mask)
+        common = Common(position, rope_tables(position, config.rope_dim, config.rope_base), mask)
         x = self.embed(tokens).to(dtype=self.compute_dtype)  # (B, T, C)
         for i, block in enumerate(self.blocks):
             if self.recompute and self.training and cache is None:
                 x = checkpoint(block, x, common, use_reentrant=False)
             else:
-                x = block(x, common, cache.layers[i] if cache is not None else None)
+                x = block(x, common, None if cache is None else cache.layers[i])
         if targets is None:
             return self.logits(x)
         if self.loss is not None:
@@ -325,13 +324,13 @@ class Transformer(nn.Module):
 
 
 def attend_with_mask(q, k, v, mask: Tensor, scale: float | None) -> Tensor:
-    """`attend` with a mask. Sampling has few queries and a long past: plain products are faster."""
-    group = q.shape[2] // k.shape[2]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # k, v: (B, H_kv, S, D)
-    q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, H_kv, H/H_kv * T, D): a group is one head
-    scores = upcast(q @ k.mT) * (scale or q.shape[-1] ** -0.5)
+    """`attend` with a mask, for sampling: q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D).
+    With few queries and a long past, plain products are faster than torch's attention."""
+    group = q.shape[1] // k.shape[1]  # query heads that share a key/value head
+    q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, H_kv, group * T, D), one head after another
+    scores = upcast(q @ k.mT) * (scale or q.shape[-1] ** -0.5)  # (B, H_kv, group * T, S)
     y = scores.masked_fill(~mask.repeat(group, 1), -math.inf).softmax(-1).to(v.dtype) @ v
-    return y.unflatten(2, (group, -1)).flatten(1, 2).transpose(1, 2)  # (B, T, H, D)
+    return y.unflatten(2, (group, -1)).flatten(1, 2)  # (B, H, T, D)
 
 
 class GTA(nn.Module):
@@ -352,14 +351,14 @@ class GTA(nn.Module):
         self.k_norm = RMSNorm(D // 2, eps=eps)
         self.k_rope_norm = RMSNorm(D // 2, eps=eps)
 
-    def forward(self, x: Tensor, common: Common, cache=None) -> Tensor:
+    def forward(self, x: Tensor, common: Common, layer_cache=None) -> Tensor:
         q, state = self.wq(x), self.wv(x)  # (B, T, H, D) and (B, T, H_kv, D), knocked
         q, q_rope = self.q_norm(q).chunk(2, dim=-1)  # (B, T, H, D/2)
         q = torch.cat((q, rotate(q_rope, common.rope)), dim=-1)  # (B, T, H, D)
         k_rope = self.k_rope_norm(self.wk_rope(x))  # (B, T, D/2)
         k_rope = rotate(k_rope[:, :, None], common.rope)  # (B, T, 1, D/2)
-        if cache is not None:
-            state, k_rope = cache.update(common, state, k_rope)
+        if layer_cache is not None:
+            state, k_rope = layer_cache.update(common, state, k_rope)  # (B, S, ...)
         k = self.k_norm(state.chunk(2, dim=-1)[0])  # (B, S, H_kv, D/2)
         k = torch.cat((k, k_rope.expand_as(k)), dim=-1)  # (B, S, H_kv, D)
         return self.wo(attend(q, k, state, common.mask).flatten(2))
@@ -386,19 +385,19 @@ class MLA(nn.Module):
         self.kv_norm = RMSNorm(rank, eps=eps)
         self.wk_rope = Linear(C, D // 2)
         self.wk = Heads(rank, H, D, config.knock_k)  # W^UK: head h reads the latent of its group
-        self.wv = Heads(rank, H, D, config.knock_v)  # W^UV
+        self.wv = Heads(rank, H, D, config.knock_v)  # W^UV; of both, forward uses the weight alone
 
-    def forward(self, x: Tensor, common: Common, cache=None) -> Tensor:
+    def forward(self, x: Tensor, common: Common, layer_cache=None) -> Tensor:
         G, D = self.n_latent, self.wq.knock.head_dim
-        q_latent = self.q_norm(self.wq_latent(x))
+        q_latent = self.q_norm(self.wq_latent(x))  # (B, T, q_rank); x itself if q_rank is 0
         q = self.wq(q_latent)  # (B, T, H, D)
         q_rope = rotate(self.wq_rope(q_latent).unflatten(-1, (-1, D // 2)), common.rope)
         latent = self.kv_norm(self.wkv_latent(x).unflatten(-1, (G, -1)))  # (B, T, G, R)
         k_rope = rotate(self.wk_rope(x)[:, :, None], common.rope)  # (B, T, 1, D/2)
-        if cache is not None:
-            latent, k_rope = cache.update(common, latent, k_rope)
+        if layer_cache is not None:
+            latent, k_rope = layer_cache.update(common, latent, k_rope)  # (B, S, ...)
         wk = self.wk.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))  # (G, H/G, D, R)
-        wv = self.wv.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))
+        wv = self.wv.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))  # as wk
         if common.mask is None:  # no past: make keys and values, which are smaller than latents
             k = torch.einsum("btgr,ghdr->btghd", latent, wk).flatten(2, 3)  # (B, T, H, D)
             v = torch.einsum("btgr,ghdr->btghd", latent, wv).flatten(2, 3)
@@ -439,7 +438,6 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
     gets one knock, which its heads of head_dim outputs share; with `rows` only these outputs, such
     as slice(2 * n_embd, 3 * n_embd) for nanoGPT's values. They start as the identity. Returns the
     knocks by the names of the projections. Raises ValueError if a module cannot be knocked.
-
     To load such a model: make the base model, call add_knocks as before, then load_state_dict.
     LoRA on a knocked projection adds to what the knock returns: fold first, then merge."""
     if isinstance(model, Transformer):
@@ -493,7 +491,6 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
     the same. T goes into W^Q, W^K, W^V (eq. 8), and so do W^up and W^gate; a `FoldedGate` remains.
     If the heads are only values, W^down goes into W^O, as attention is linear in them. For a model
     that is not ours, `value` and `output` name the two nn.Linear, such as "v_proj" and "o_proj".
-
     Raises ValueError, with nothing changed, for an MLP knock on a projection with bias or on a part
     of its outputs, if no plain nn.Linear `output` is beside `value`, and if layers share it."""
     if isinstance(model, Transformer):
@@ -507,11 +504,11 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
             knocks, rows, bias = part.knocks, part.rows, part.bias
         else:
             continue
-        kinds, wo, (place, _, child) = {knock.kind for knock in knocks}, None, name.rpartition(".")
+        kinds, wo = {knock.kind for knock in knocks}, None
         if kinds & {"mlp", "gate"} and (bias is not None or rows != [(0, len(part.weight))]):
             raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias or idle outputs")
-        if kinds & {"mlp", "gate"} and child == value:
-            wo = getattr(model.get_submodule(place), output or "", None)
+        if kinds & {"mlp", "gate"} and name.split(".")[-1] == value:
+            wo = getattr(model.get_submodule(name.rpartition(".")[0]), output or "", None)
             if type(wo) not in (nn.Linear, Linear):
                 raise ValueError(f"{name} has no neighbour {output}, a plain nn.Linear")
         if kinds - {"none", "folded"}:
@@ -554,18 +551,21 @@ def fold_gate(weight: Tensor, knock: Knock, wo: nn.Module | None) -> tuple[Tenso
     return weight, FoldedGate(knock.head_dim, down if wo is None else None)
 
 
+def check_fields(config, choices: dict, may_be_zero: tuple[str, ...]) -> None:
+    """Raises ValueError for a field outside its `choices`, or for a number that is not positive."""
+    for field in fields(config):
+        name, value, zero = field.name, getattr(config, field.name), field.name in may_be_zero
+        if name in choices and value not in choices[name]:
+            raise ValueError(f"{name} must be one of {', '.join(choices[name])}, not {value!r}")
+        if field.type in (int, float) and not (0 < value < math.inf or zero and value == 0):
+            raise ValueError(f"{name} must be {'>= 0' if zero else 'positive'}, not {value}")
+
+
 def check_config(c: Config) -> None:
     """Raises ValueError, in one line, for a shape that cannot be built."""
-    choices = {"attention": tuple(ATTENTIONS), "knock_init": ("identity", "random")}
-    choices |= {f"knock_{part}": tuple(KNOCKS) for part in "qkv"}
-    for field in fields(c):
-        value = getattr(c, field.name)
-        allowed = choices.get(field.name, (value,))
-        if value not in allowed:
-            raise ValueError(f"{field.name} must be one of {', '.join(allowed)}, not {value!r}")
-        zero = field.name in ("n_expert", "top_k", "kv_rank", "q_rank")
-        if field.type in (int, float) and not (0 < value < math.inf or zero and value == 0):
-            raise ValueError(f"{field.name} must be {'>= 0' if zero else 'positive'}, not {value}")
+    choices = {"attention": ATTENTIONS, "knock_init": ("identity", "random")}
+    choices |= {"knock_q": KNOCKS, "knock_k": KNOCKS, "knock_v": KNOCKS}
+    check_fields(c, choices, may_be_zero=("n_expert", "top_k", "kv_rank", "q_rank"))
     mla, knocks = c.attention == "mla", {c.knock_q, c.knock_k, c.knock_v}
     for wrong, message in [
         (c.n_head % c.n_kv_head, "n_head must be a multiple of n_kv_head"),
@@ -591,7 +591,7 @@ CONFIGS = {  # toy is for two CPU cores, small for studies on one GPU, both for 
     "small": dict(vocab_size=320, n_layer=10, n_embd=512, n_head=12, n_kv_head=4, head_dim=64,
                   d_ff=224, n_expert=32, top_k=4),
     "gpt2": dict(),  # as large as GPT-2 124M, to compare with nanoGPT
-    # Table 5, then the main model of section 4: the paper prints only the sizes of its shape.
+    # Table 5. Of the main model (section 4) the paper prints only parameters: its shape is ours.
     "moe-0.4b-2.3b": dict(_paper, n_layer=12, n_embd=1152, d_ff=768, n_expert=64, top_k=4),
     "moe-0.8b-6.6b": dict(_paper, n_layer=18, n_embd=1536, d_ff=1152, n_expert=64, top_k=4),
     "moe-1.6b-14.6b": dict(_paper, n_layer=23, n_embd=2048, d_ff=1536, n_expert=64, top_k=4),

@@ -9,18 +9,18 @@ route, sort, two grouped matmuls, un-sort. The letters of shapes are those of kh
 import math
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 BALANCE_RULES = ("rms", "sign")
 
 
-def upcast(x: torch.Tensor) -> torch.Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in float32, or unchanged if it is wider. Some places need more than bfloat16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def swiglu(x: torch.Tensor) -> torch.Tensor:
+def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up for x = [gate, up] side by side: (..., 2F) -> (..., F)."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -34,11 +34,11 @@ class SwiGLU(nn.Module):
         self.w_up = nn.Parameter(torch.empty(2 * d_ff, n_embd))  # gate rows, then up rows
         self.w_down = nn.Parameter(torch.empty(n_embd, d_ff))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(swiglu(F.linear(x, self.w_up.to(x.dtype))), self.w_down.to(x.dtype))
 
 
-def largest(x: torch.Tensor, k: int) -> torch.Tensor:
+def largest(x: Tensor, k: int) -> Tensor:
     """The columns of the k largest numbers of each row, largest first: (N, E) -> (N, k).
 
     Compiled, this becomes one kernel with the operations around it. topk is a kernel of its own and
@@ -79,13 +79,14 @@ class MoE(nn.Module):
         super().__init__()
         self.n_expert, self.top_k = n_expert, top_k
         self.router = nn.Parameter(torch.empty(n_expert, n_embd))
+        # As grouped_mm takes them: x @ weight, where SwiGLU has x @ weight.T.
         self.experts_up = nn.Parameter(torch.empty(n_expert, n_embd, 2 * d_ff))
         self.experts_down = nn.Parameter(torch.empty(n_expert, d_ff, n_embd))
         # float32 whatever the default is: a step of the bias is too fine for bfloat16
         self.register_buffer("bias", torch.zeros(n_expert, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(n_expert, dtype=torch.float32))
 
-    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of each token and their weights: x (N, C) -> (N, K) indices, (N, K) weights.
 
         The bias decides which experts are chosen, never how much they count: the weights are the
@@ -96,7 +97,7 @@ class MoE(nn.Module):
         weights = scores.gather(-1, chosen)  # (N, K)
         return chosen, weights / weights.sum(-1, keepdim=True)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
         x = x.reshape(-1, shape[-1])  # (N, C)
         chosen, weights = self.route(x)
@@ -111,13 +112,13 @@ class MoE(nn.Module):
         # int16 sorts faster than int64.
         sorted_expert, order = chosen.flatten().to(torch.int16).sort(stable=True)  # (N*K,)
         slots = torch.arange(len(order), device=x.device)
-        inverse = torch.empty_like(order).scatter_(0, order, slots)
+        inverse = torch.empty_like(order).scatter_(0, order, slots)  # argsort, without a sort
         experts = torch.arange(self.n_expert, dtype=sorted_expert.dtype, device=x.device)
         ends = torch.searchsorted(sorted_expert, experts, right=True)  # (E,): where each one ends
         if self.training:
             self.load.add_(ends.diff(prepend=ends.new_zeros(1)))
 
-        h = x[:, None].expand(-1, self.top_k, -1).reshape(-1, shape[-1])  # (N*K, C)
+        h = x.repeat_interleave(self.top_k, dim=0)  # (N*K, C), a row for each slot
         h = Permute.apply(h, order, inverse)
         ends = ends.to(torch.int32)
         h = swiglu(F.grouped_mm(h, self.experts_up.to(x.dtype), offs=ends))  # (N*K, F)
@@ -128,7 +129,7 @@ class MoE(nn.Module):
         return h.sum(1).view(shape)
 
     @torch.no_grad()
-    def balance(self, rate: float | torch.Tensor, rule: str) -> None:
+    def balance(self, rate: float | Tensor, rule: str) -> None:
         """Move the bias against the load since the last call, and start to count again.
 
         f is the share of the load that each expert had, and q = 1/n_expert. Rule "rms" (Su 2025) is

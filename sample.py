@@ -158,6 +158,7 @@ def generate(
     position = torch.tensor([used], device=device)
 
     def step() -> None:
+        """Put the drawn tokens into the cache, and draw the next."""
         texts.index_copy_(1, position, tokens[:, None])
         logits = model(tokens[:, None], position=position, cache=cache)[:, -1, :n_vocab]  # (B, V)
         tokens.copy_(draw(logits))
@@ -172,7 +173,8 @@ def generate(
         if i + 1 < max_new_tokens:  # the device goes on while this token is read
             if used == length:
                 used = max(1, length // 2)
-                start = torch.cat((texts[:, length - used + 1 :], tokens[:, None]), dim=1)
+                rest = texts[:, length - used + 1 :]  # one token less: the new one comes after it
+                start = torch.cat((rest, tokens[:, None]), dim=1)  # (B, used)
                 texts[:, :used] = start
                 tokens.copy_(draw(read(start)))
                 position.fill_(used)
@@ -280,7 +282,7 @@ def measure(model: Transformer, tokenizer: str, folder: str, device: str) -> Non
     if length < 1:
         raise ValueError(f"{folder} holds out {len(tokens)} tokens: prepare more text")
     verify_tokens(folder)
-    loss = evaluate(model, tokens, length, 8, device, shows=True).item()
+    loss = evaluate(model, tokens, length, micro_batch=8, device=device, shows=True).item()
     print(
         f"{loss:.4f} nats per token, {bits_per_byte(loss, meta['val']):.4f} bits per byte"
         f" ({len(tokens):,} held-out tokens of {folder}, in sequences of {length})"

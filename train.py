@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from data import checkpoint as files
+from data.checkpoint import FORMAT, Saver, list_to_resume, read_newest, restore, start_from
 from data.device import can_capture, capture, on_device, pick_device
 from data.evaluation import bits_per_byte, evaluate
 from data.figures import advice_on_memory, knock_movement
@@ -55,11 +55,9 @@ from data.tokens import (
     open_tokens,
     tokenizer_for_checkpoint,
 )
-from kha import CONFIGS, Config, Transformer, init_weights
+from kha import CONFIGS, Block, Config, Transformer, check_fields, init_weights
 from moe import BALANCE_RULES
 from sample import write_samples
-
-MAY_BE_ZERO = ("seed", "weight_decay", "balance_rate", "save_every", "sample_tokens")
 
 
 @dataclass(frozen=True)
@@ -91,17 +89,11 @@ class TrainConfig:
     compile: bool = True  # torch.compile the blocks and the loss, on CUDA
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, zero = getattr(self, field.name), field.name in MAY_BE_ZERO
-            if field.type in (int, float) and not (0 < value < math.inf or zero and value == 0):
-                least = ">= 0" if zero else "positive"
-                raise ValueError(f"{field.name} must be {least}, not {value}")
+        choices = {"balance": BALANCE_RULES, "parallel": ("ddp", "fsdp")}
+        may_be_zero = ("seed", "weight_decay", "balance_rate", "save_every", "sample_tokens")
+        check_fields(self, choices, may_be_zero)
         if max(self.beta1, self.beta2) >= 1:
             raise ValueError(f"beta1 and beta2 must be under 1, not {self.beta1} and {self.beta2}")
-        for name, choices in (("balance", BALANCE_RULES), ("parallel", ("ddp", "fsdp"))):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 # The paper's settings for its exploratory models, 100B tokens, and for the main one, 1T tokens.
@@ -136,8 +128,8 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
         raise ValueError("--out is empty: name a folder")
     if not resume:
         check_new(settings["out"])
-    elif saved := files.list_to_resume(settings["out"]):
-        checkpoint = files.read_newest(saved)
+    elif saved := list_to_resume(settings["out"]):
+        checkpoint = read_newest(saved)
         try:
             before = TrainConfig(**{**checkpoint["train"], "out": settings["out"]})
         except TypeError as error:
@@ -157,7 +149,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
         if os.path.exists(os.path.join(settings["init"], "config.json")):
             config, checkpoint = start_from_hf(settings["init"], shape)
         else:
-            config, checkpoint = files.start_from(settings["init"], shape)
+            config, checkpoint = start_from(settings["init"], shape)
         return config, TrainConfig(**settings), checkpoint
     return Config(**{**CONFIGS[name], **shape}), TrainConfig(**settings), None
 
@@ -177,21 +169,21 @@ def warn_of_a_jump(before: TrainConfig, after: TrainConfig, step: int) -> None:
 
 def update(
     model: Transformer,
-    parallel: nn.Module,
+    wrapped: nn.Module,
     optimizer: torch.optim.Optimizer,
     train: TrainConfig,
     micros: Tensor,
 ) -> Tensor:
     """One optimizer step on micro-batches (n_micro, B, T + 1) of token ids.
 
-    `parallel` is what to call for the loss: the model itself, or DDP around it. Returns a tensor
+    `wrapped` is what to call for the loss: the model itself, or DDP around it. Returns a tensor
     (4,): loss, grad_norm, worst_load, and 1 if loss and gradient are finite. With a 0 there the
     weights stay as they were. The tensor is on the device; the CPU has not waited for it.
     """
     loss = torch.zeros((), device=micros.device)
     for i, rows in enumerate(micros):
-        with synchronising(parallel, i == len(micros) - 1):
-            part = parallel(rows[:, :-1], rows[:, 1:]) / len(micros)
+        with synchronising(wrapped, i == len(micros) - 1):
+            part = wrapped(rows[:, :-1], rows[:, 1:]) / len(micros)
             part.backward()
         loss += part.detach()
     loss = sum_over_processes(loss) / n_processes()
@@ -200,12 +192,12 @@ def update(
     optimizer.found_inf = (~finite).float()  # fused AdamW skips its step if this is 1
     optimizer.step()
     # DDP's gradients stay in its buckets. With None, backward would make others beside them.
-    optimizer.zero_grad(set_to_none=not isinstance(parallel, DistributedDataParallel))
-    worst_load = balance(model, train.balance_rate * finite, train.balance)
+    optimizer.zero_grad(set_to_none=not isinstance(wrapped, DistributedDataParallel))
+    worst_load = balance_experts(model, train.balance_rate * finite, train.balance)
     return torch.stack((loss, grad_norm, worst_load, finite))
 
 
-def balance(model: Transformer, rate: Tensor, rule: str) -> Tensor:
+def balance_experts(model: Transformer, rate: Tensor, rule: str) -> Tensor:
     """Move the bias of every mixture against its load in this update, of all processes. Returns
     the worst load, a scalar: the busiest expert's over the mean, in the worst layer."""
     moes = model.moes()
@@ -218,11 +210,11 @@ def balance(model: Transformer, rate: Tensor, rule: str) -> Tensor:
     return (loads.amax(-1) / loads.mean(-1)).max()
 
 
-def graphed(step: Callable[[Tensor], Tensor], micros: Tensor) -> Callable[[Tensor], Tensor]:
-    """Capture `step`, an update that has run before, as a CUDA graph for micro-batches of this
+def graphed(step_once: Callable[[Tensor], Tensor], micros: Tensor) -> Callable[[Tensor], Tensor]:
+    """Capture `step_once`, an update that has run before, as a CUDA graph for micro-batches of this
     shape. A CPU is too slow to launch the many small kernels of a small model one by one."""
     place = micros.clone()
-    replay = capture(lambda: step(place))
+    replay = capture(lambda: step_once(place))
 
     def run(micros: Tensor) -> Tensor:
         place.copy_(micros)
@@ -258,8 +250,9 @@ def lr_at(step: int, train: TrainConfig) -> float:
 
 
 def make_optimizer(model: Transformer, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, norms do not. The learning rate is a tensor, so that a CUDA graph of
-    the step reads what it is then."""
+    """AdamW; matrices decay, norms do not. Knocks are matrices, too: they decay towards 0, and not
+    towards the identity (the paper does not say). The learning rate is a tensor, so that a CUDA
+    graph of the step reads what it is then."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [
@@ -297,13 +290,15 @@ def build_model(
     torch.manual_seed(train.seed)
     with torch.device("meta"):
         model = Transformer(config, dtype, train.recompute, chunked_loss(compiles))
-    for child in model.children():
-        for part in child if child is model.blocks else [child]:
-            init_weights(part.to_empty(device=device), config)
-            if child is model.blocks and compiles:
-                part.compile()  # one compiled block serves all: a minute less than the whole model
-            if child is model.blocks and shard:
-                fully_shard(part, mp_policy=policy)
+    parts = [model.embed, *model.blocks, model.norm]
+    if model.head is not None:
+        parts.append(model.head)
+    for part in parts:
+        init_weights(part.to_empty(device=device), config)
+        if isinstance(part, Block) and compiles:
+            part.compile()  # one compiled block serves all: a minute less than the whole model
+        if isinstance(part, Block) and shard:
+            fully_shard(part, mp_policy=policy)
     if shard:
         return model, fully_shard(model, mp_policy=policy)
     if n_process > 1:
@@ -375,10 +370,10 @@ def main(argv: list[str]) -> None:
     tokens = open_tokens(train.data, "train")
     held_out = open_tokens(train.data, "val")[: train.eval_tokens + 1]
     tokenizer = load_tokenizer(meta["tokenizer"])
-    model, parallel = build_model(config, train, device, n_process)
+    model, wrapped = build_model(config, train, device, n_process)
     optimizer = make_optimizer(model, train)
     if checkpoint:
-        files.restore(model, optimizer, checkpoint)
+        restore(model, optimizer, checkpoint)
         checkpoint = None  # its file is mapped into memory, and would stay on the disk if removed
     log = Log(train.out, start, writes=rank == 0)
     settings = {"config": asdict(config), "train": asdict(train)}
@@ -391,11 +386,11 @@ def main(argv: list[str]) -> None:
         rows = draw_batch(tokens, n, T, train.seed, step, rank, n_process)
         return on_device(rows.unflatten(0, (-1, train.micro_batch)), device)
 
-    step_once = partial(update, model, parallel, optimizer, train)
+    step_once = partial(update, model, wrapped, optimizer, train)
     ahead = 1 if device.startswith("cuda") else 0  # updates that a GPU has waiting
     waiting, stopping = deque(), False
     reserves = rank == 0 and train.save_every and start < train.steps
-    saver = files.Saver(train.out, start, meta["val"]["tokens"], model if reserves else None)
+    saver = Saver(train.out, start, meta["val"]["tokens"], model if reserves else None)
     with Signals() as signals, advice_on_memory(config, train, n_process), saver:
         micros = draw(start)
         can_graph = n_process == 1 and len(micros) == 1 and can_capture(model)
@@ -415,13 +410,13 @@ def main(argv: list[str]) -> None:
                 finite, stopping = log.update(*waiting.popleft())
             val_loss = None
             if evaluates:
-                part = evaluate(parallel, held_out, T, train.micro_batch, device, rank, n_process)
-                val_loss = sum_over_processes(part).item()
+                share = evaluate(wrapped, held_out, T, train.micro_batch, device, rank, n_process)
+                val_loss = sum_over_processes(share).item()
                 val_bpb = bits_per_byte(val_loss, meta["val"])
                 log.evaluation(done, val_loss, val_bpb, knock_movement(model))
             # After a skipped update it saves only at the end: the weights may be at fault.
             if stopping or (saves and (finite or last)):
-                state = {**settings, "format": files.FORMAT, "step": done, "val_loss": val_loss}
+                state = {**settings, "format": FORMAT, "step": done, "val_loss": val_loss}
                 state |= {"tokenizer": tokenizer_for_checkpoint(tokenizer)}
                 state |= saver.collect(model, optimizer)
                 if rank == 0:
@@ -439,9 +434,9 @@ def main(argv: list[str]) -> None:
         log.say(f"nothing to train: all {start} steps are done (give more --steps)")
     if train.sample_tokens and (not stopping or last):
         torch.compiler.set_stance("force_eager")  # each length would be compiled for itself
-        options = {"max_new_tokens": train.sample_tokens}
+        # All processes sample, because with FSDP each has a part of the weights. One prints.
         with nullcontext() if rank == 0 else redirect_stdout(None):
-            write_samples(model.eval(), tokenizer, train.prompt, **options)
+            write_samples(model.eval(), tokenizer, train.prompt, max_new_tokens=train.sample_tokens)
     leave_processes()
 
 

@@ -43,14 +43,14 @@ def can_capture(model: Transformer) -> bool:
     return not model.moes() or is_hopper() and dtype == torch.bfloat16
 
 
-def capture(step: Callable[[], Any], generator: torch.Generator | None = None) -> Callable[[], Any]:
-    """`step` as a CUDA graph: each call launches the same kernels on the same memory, all at once,
-    and returns the same tensors. `step` must have run before. It may draw from `generator`."""
+def capture(work: Callable[[], Any], generator: torch.Generator | None = None) -> Callable[[], Any]:
+    """`work` as a CUDA graph: each call launches the same kernels on the same memory, all at once,
+    and returns the same tensors. `work` must have run before. It may draw from `generator`."""
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
-        result = step()
+        result = work()
 
     def replay() -> Any:
         graph.replay()

@@ -29,7 +29,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     total = torch.zeros((), device=device)
-    # All processes take equally many turns, because FSDP needs them all in each.
+    # All processes take equally many turns, because FSDP needs them all in each. In the last turn
+    # some may have no rows of their own: they compute the last rows, and do not count them.
     for turn in tqdm(range(0, len(firsts), n_process), disable=None if shows else True):
         i = min(turn + rank, len(firsts) - 1)
         last = min(firsts[i] + micro_batch, n)

@@ -265,7 +265,7 @@ def import_hf(folder: str, **changes) -> Transformer:
     ) as error:  # fmt: skip
         reason = str(error).strip().split("\n")[-1].strip()
         raise ValueError(f"{folder} is damaged or not a Qwen3 model ({reason})") from error
-    for knock in knocks.values():
+    for knock in knocks.values():  # init_weights knows a knock by this name
         init_weights(nn.ModuleDict({"knock": knock}), config)
     return model
 

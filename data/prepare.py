@@ -64,8 +64,6 @@ from data.tokens import (
 )
 
 DEFAULT_DATA = "data/stdlib"
-
-
 Batch = list[tuple[str, bytes | None]]  # names of texts and pieces of them; None ends a text
 
 

@@ -203,7 +203,7 @@ def test_the_worst_load_is_that_of_the_worst_layer_and_each_is_balanced():
     model = Transformer(Config(**shape, head_dim=8, d_ff=16, n_expert=4, top_k=2))
     for moe, load in zip(model.moes(), ([6, 3, 2, 1], [3, 3, 3, 3]), strict=True):
         moe.load.copy_(torch.tensor(load))
-    assert train.balance(model, torch.tensor(0.01), "sign") == 2
+    assert train.balance_experts(model, torch.tensor(0.01), "sign") == 2
     first, second = (moe.bias for moe in model.moes())
     torch.testing.assert_close(first, torch.tensor([-0.01, 0, 0.01, 0.01]))
     assert not second.any()
