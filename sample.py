@@ -86,7 +86,7 @@ def sample_logits(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    values = logits.float() / temperature
+    values = logits.float() / max(temperature, 1e-30)  # smaller, and float32 could overflow
     cuts = top_k > 0 or top_p < 1
     if cuts:
         values, tokens = values.sort(dim=-1, descending=True)  # (B, V), likeliest first
