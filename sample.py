@@ -281,9 +281,10 @@ def measure(model: Transformer, tokenizer: str, folder: str, device: str) -> Non
         raise ValueError(f"{folder} holds out {len(tokens)} tokens: prepare more text")
     verify_tokens(folder)
     loss = evaluate(model, tokens, length, 8, device, shows=True).item()
+    n = (len(tokens) - 1) // length * length  # a sequence that is cut short is not measured
     print(
         f"{loss:.4f} nats per token, {bits_per_byte(loss, meta['val']):.4f} bits per byte"
-        f" ({len(tokens):,} held-out tokens of {folder}, in sequences of {length})"
+        f" ({n:,} of {len(tokens):,} held-out tokens of {folder}, in sequences of {length})"
     )
 
 

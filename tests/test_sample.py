@@ -264,6 +264,8 @@ def test_the_held_out_loss_of_a_checkpoint(whole, data, capsys):
     bits = loss / math.log(2) * counts["tokens"] / counts["bytes"]
     output = capsys.readouterr().out
     assert output.startswith(f"{loss:.4f} nats per token, {bits:.4f} bits per byte (3,")
+    n = (counts["tokens"] - 1) // 32 * 32  # a sequence that is cut short is not measured
+    assert f"({n:,} of {counts['tokens']:,} held-out tokens of " in output
 
 
 @pytest.mark.parametrize("token", [7, 300])
