@@ -452,7 +452,8 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
         if type(part) not in (nn.Linear, KnockedLinear):
             raise ValueError(f"{name} is a {type(part).__name__}, not an nn.Linear: match that, and"
                              " add knocks before it is quantised or wrapped")
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+        hooks = part._forward_hooks, part._forward_pre_hooks, part._backward_hooks
+        if any(hooks) or part._backward_pre_hooks or "forward" in vars(part):
             raise ValueError(f"{name} has hooks, which would be lost: add knocks before them")
         start, stop, step = rows.indices(part.out_features)
         if step != 1 or start >= stop or head_dim < 1 or (stop - start) % head_dim:
@@ -512,14 +513,14 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
             if type(wo) not in (nn.Linear, Linear):
                 raise ValueError(f"{name} has no neighbour {output}, a plain nn.Linear")
         if kinds - {"none", "folded"}:
-            todo.append((name, part, knocks, rows, bias, wo))
+            todo.append((part, knocks, rows, bias, wo))
             changed = (part, part.weight, bias, wo, wo and wo.weight)
             if any(x is not None and held.count(id(x)) > 1 for x in changed):
                 raise ValueError(f"what {name} folds into is shared: give each layer its own copy")
     if isinstance(model, Transformer):
         gone = {name: "none" for name, value in vars(model.config).items() if value == "linear"}
         model.config = replace(model.config, **gone)
-    for name, part, knocks, rows, bias, wo in todo:
+    for part, knocks, rows, bias, wo in todo:
         gate = None
         for knock, (start, stop) in zip(knocks, rows, strict=True):
             if knock.kind == "linear":
@@ -533,9 +534,8 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
         elif gate:
             part.knocks, part.rows = nn.ModuleList([gate]), [(0, len(part.weight))]
         else:
-            plain = nn.Linear(part.in_features, part.out_features, bias=False, device="meta")
-            plain.weight, plain.bias, plain.training = part.weight, part.bias, part.training
-            model.set_submodule(name, plain)
+            del part.knocks, part.rows
+            part.__class__ = nn.Linear  # the same module, so its hooks stay
     return model
 
 

@@ -86,7 +86,7 @@ def sample_logits(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    values = logits.float() / temperature
+    values = logits.float() / max(temperature, 1e-30)  # smaller, and float32 could overflow
     cuts = top_k > 0 or top_p < 1
     if cuts:
         values, tokens = values.sort(dim=-1, descending=True)  # (B, V), likeliest first
@@ -283,9 +283,10 @@ def measure(model: Transformer, tokenizer: str, folder: str, device: str) -> Non
         raise ValueError(f"{folder} holds out {len(tokens)} tokens: prepare more text")
     verify_tokens(folder)
     loss = evaluate(model, tokens, length, micro_batch=8, device=device, shows=True).item()
+    n = (len(tokens) - 1) // length * length  # a sequence that is cut short is not measured
     print(
         f"{loss:.4f} nats per token, {bits_per_byte(loss, meta['val']):.4f} bits per byte"
-        f" ({len(tokens):,} held-out tokens of {folder}, in sequences of {length})"
+        f" ({n:,} of {len(tokens):,} held-out tokens of {folder}, in sequences of {length})"
     )
 
 

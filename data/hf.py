@@ -217,7 +217,7 @@ def import_hf(folder: str, **changes) -> Transformer:
     safetensors = import_safetensors()
     try:
         hf = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # as transformers does
         for there, what in [
             (hf.get("model_type") != "qwen3",
              f"a model of type {hf.get('model_type')!r}, not qwen3"),

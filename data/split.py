@@ -43,7 +43,7 @@ def hold_out(tokens: np.ndarray, ends: np.ndarray, digests: np.ndarray, val_frac
 
     Wanted is val_fraction of all tokens. Each side must get SEQUENCE tokens or, if that is not
     possible, a quarter. The first of these choices is taken that gives from half to twice of what
-    is wanted:
+    is wanted, and leaves at least half of the other tokens:
     1. The documents with a digest below val_fraction * 2**64, whatever the others are.
     2. Documents in the order of their digests until it is enough, but for those that are too long.
     3. The ends of those that are too long.
@@ -52,7 +52,7 @@ def hold_out(tokens: np.ndarray, ends: np.ndarray, digests: np.ndarray, val_frac
     lengths = ends - begins
     least = SEQUENCE if total >= 2 * SEQUENCE else total // 4
     wanted = max(val_fraction * total, least)
-    low, high = max(wanted / 2, least), min(2 * wanted, total - least)
+    low, high = max(wanted / 2, least), min(2 * wanted, (total + wanted) / 2, total - least)
     chosen = digests < val_fraction * 2**64
     if low <= lengths[chosen].sum() <= high:
         return np.where(chosen, begins, ends)

@@ -42,10 +42,14 @@ class Study(NamedTuple):
 
 
 def read_log(folder: Path) -> tuple[list[dict], list[dict]]:
-    """The updates and the evaluations in a run's log.jsonl; none if there is no such file."""
+    """The updates and the evaluations in a run's log.jsonl; none if there is no such file. Raises
+    ValueError if it is damaged."""
     path = folder / "log.jsonl"
-    texts = path.read_text().split("\n")[:-1] if path.exists() else []  # whole lines
-    lines = [json.loads(text) for text in texts]
+    try:
+        texts = path.read_text().split("\n")[:-1] if path.exists() else []  # whole lines
+        lines = [json.loads(text) for text in texts]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     updates = [line for line in lines if "loss" in line]
     return updates, [line for line in lines if "val_loss" in line]
 

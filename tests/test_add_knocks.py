@@ -100,6 +100,31 @@ def test_a_fold_that_fails_changes_nothing():
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_hooks_on_a_knocked_projection_stay_when_it_is_folded(kind, compiles):
+    model, x, seen = Values(), torch.randn(2, 5, 24, requires_grad=True), []
+    model.v_proj.bias = None
+    scramble(add_knocks(model, kind, "v_proj", 8)["v_proj"])
+    module = torch.compile(model, backend="eager") if compiles else model
+    before = module(x)
+    model.v_proj.register_forward_hook(lambda *_: seen.append("forward"))
+    model.v_proj.register_full_backward_hook(lambda *_: seen.append("backward"))
+    fold(model, "v_proj", "o_proj")
+    torch.testing.assert_close(module(x), before)
+    seen.clear()
+    model(x).sum().backward()
+    assert seen == ["forward", "backward"]
+
+
+def test_whoever_holds_a_knocked_projection_holds_the_folded_one():
+    model, x = Values(), torch.randn(2, 5, 24)
+    scramble(add_knocks(model, "linear", "v_proj", 8)["v_proj"])
+    held, before = [model.v_proj], model.v_proj(x)
+    fold(model)
+    torch.testing.assert_close(held[0](x), before)
+
+
 # --- what cannot take a knock ---
 
 
@@ -116,9 +141,10 @@ def test_quantised_and_wrapped_projections_are_refused():
 
 
 def test_a_hook_would_be_lost_so_it_is_refused():
-    for register in ("register_forward_hook", "register_forward_pre_hook"):
+    for register in ("forward_hook", "forward_pre_hook", "full_backward_hook",
+                     "full_backward_pre_hook"):  # fmt: skip
         model = Values()
-        getattr(model.v_proj, register)(lambda *_: None)
+        getattr(model.v_proj, f"register_{register}")(lambda *_: None)
         with pytest.raises(ValueError, match="v_proj has hooks, which would be lost"):
             add_knocks(model, "mlp", "v_proj", 8)
     model = Values()

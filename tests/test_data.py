@@ -310,12 +310,13 @@ def test_held_out_are_whole_documents_where_that_is_possible():
             continue
         tokens = np.where(draw.random(total) < 0.01, ord("\n"), ord("a"))
         digests = draw.integers(0, 2**64, n, dtype=np.uint64)
-        val_fraction = draw.choice([0.001, 0.05, 0.3])
+        val_fraction = draw.choice([0.001, 0.05, 0.3, 0.5])
         held = ends - hold_out(tokens, ends, digests, val_fraction, tokenizer)
         divided = (held > 0) & (held < lengths)
         assert min(held.sum(), total - held.sum() + divided.sum()) >= SEQUENCE
         wanted = max(val_fraction * total, SEQUENCE)
         assert wanted / 2 <= held.sum() <= 2 * wanted + divided.sum()
+        assert total - held.sum() + divided.sum() >= (total - wanted) / 2
         order = draw.permutation(n)
         again = np.cumsum(lengths[order])
         other = again - hold_out(tokens, again, digests[order], val_fraction, tokenizer)

@@ -683,6 +683,7 @@ def test_imported_trained_and_exported_again(kind, byte, tmp_path):
         (dict(hidden_act="gelu"), "has the activation gelu, not silu"),
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}), "scaled"),
         (dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), "scaled RoPE"),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "scaled RoPE"),
         (dict(hidden_size="removed"), "damaged or not a Qwen3 model .*hidden_size"),
         (dict(num_hidden_layers=3), "damaged or not a Qwen3 model .*model.layers.2"),
         (dict(num_hidden_layers=1), "no place for model.layers.1"),

@@ -168,6 +168,9 @@ def test_top_k_top_p_and_temperature():
     drawn = sample_logits(equal, temperature=1, top_k=0, top_p=0.5, generator=None)
     assert len(drawn.unique()) == 2
     assert share(temperature=0) == [1, 0, 0, 0]
+    for tiny in (1e-39, 1e-300):  # in float32 the quotients are infinite, and the second is 0
+        assert sample_logits(logits[:1, [1, 0]], tiny, 0, 1, generator=None) == 1
+        assert sample_logits(logits[:1, [1, 0]], tiny, 0, 0.9, generator=None) == 1
     assert share(temperature=0.5)[0] == pytest.approx(0.25 / (0.25 + 0.09 + 0.02), abs=0.04)
 
 
@@ -261,6 +264,8 @@ def test_the_held_out_loss_of_a_checkpoint(whole, data, capsys):
     bits = loss / math.log(2) * counts["tokens"] / counts["bytes"]
     output = capsys.readouterr().out
     assert output.startswith(f"{loss:.4f} nats per token, {bits:.4f} bits per byte (3,")
+    n = (counts["tokens"] - 1) // 32 * 32  # a sequence that is cut short is not measured
+    assert f"({n:,} of {counts['tokens']:,} held-out tokens of " in output
 
 
 @pytest.mark.parametrize("token", [7, 300])

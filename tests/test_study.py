@@ -564,6 +564,9 @@ def test_plot_draws_the_losses_and_matrices_of_runs(data, monkeypatch, capsys):
     assert Path(mlp, "knocks.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(FileNotFoundError, match="no log.jsonl with updates in out/nothing"):
         study.main(["plot", "out/nothing"])
+    Path(none, "log.jsonl").write_bytes(b"\x8c\n")
+    with pytest.raises(ValueError, match="none.*log.jsonl is damaged: .*utf-8"):
+        study.main(["plot", none])
 
 
 def test_without_matplotlib_it_says_what_to_install():

@@ -390,6 +390,7 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
         ("--norm_eps nan", "norm_eps must be positive"),
         ("--beta2 1", "beta1 and beta2 must be under 1, not 0.9 and 1.0"),
         ("--out EMPTY", "--out is empty"),
+        ("--init EMPTY", "--init is empty"),
         ("--n_kv_head 3", "n_head must be a multiple of n_kv_head"),
         ("--head_dim 7", "head_dim must be even"),
         ("--batch_tokens 100", "batch_tokens must be a multiple of"),
