@@ -415,12 +415,7 @@ ATTENTIONS = {"gqa": GQA, "gta": GTA, "mla": MLA}
 
 
 class KnockedLinear(nn.Linear):
-    """The nn.Linear of another model, its weight and bias under their names, and its knocks."""
-
-    def __init__(self, plain: nn.Linear):
-        super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
-        self.weight, self.bias, self.training = plain.weight, plain.bias, plain.training
-        self.knocks, self.rows = nn.ModuleList(), []  # knocks[i] is on the outputs rows[i]
+    """The nn.Linear of another model, and its knocks: knocks[i] is on the outputs rows[i]."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -439,7 +434,7 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
     as slice(2 * n_embd, 3 * n_embd) for nanoGPT's values. They start as the identity. Returns the
     knocks by the names of the projections. Raises ValueError if a module cannot be knocked.
     To load such a model: make the base model, call add_knocks as before, then load_state_dict.
-    LoRA on a knocked projection adds to what the knock returns: fold first, then merge."""
+    LoRA adds to what a linear knock returns: fold first, then merge."""
     if isinstance(model, Transformer):
         raise ValueError("ours have their knocks by Config: set knock_q, knock_k, knock_v")
     if kind not in ("linear", "mlp"):
@@ -452,22 +447,24 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
         if type(part) not in (nn.Linear, KnockedLinear):
             raise ValueError(f"{name} is a {type(part).__name__}, not an nn.Linear: match that, and"
                              " add knocks before it is quantised or wrapped")
-        hooks = part._forward_hooks, part._forward_pre_hooks, part._backward_hooks
-        if any(hooks) or part._backward_pre_hooks or "forward" in vars(part):
-            raise ValueError(f"{name} has hooks, which would be lost: add knocks before them")
+        if "forward" in vars(part):
+            raise ValueError(f"{name} has a forward of its own: add knocks before it gets that")
         start, stop, step = rows.indices(part.out_features)
         if step != 1 or start >= stop or head_dim < 1 or (stop - start) % head_dim:
             raise ValueError(f"outputs {start}:{stop} of {name} do not divide by {head_dim}")
         if any(a < stop and start < b for a, b in getattr(part, "rows", ())):
             raise ValueError(f"{name} knocks already")
-    replaced, knocks = {}, {}
+    knocks, seen = {}, set()
     for name, part in matches.items():
-        if part not in replaced:  # several names may have one module
-            replaced[part] = part if isinstance(part, KnockedLinear) else KnockedLinear(part)
-            knocks[name] = Knock(kind, head_dim).to(part.weight)
-            replaced[part].knocks.append(knocks[name])
-            replaced[part].rows.append(rows.indices(part.out_features)[:2])
-        model.set_submodule(name, replaced[part])
+        if part in seen:  # several names may have one module
+            continue
+        seen.add(part)
+        if type(part) is nn.Linear:
+            part.__class__ = KnockedLinear  # still the same module, with its hooks
+            part.knocks, part.rows = nn.ModuleList(), []
+        knocks[name] = Knock(kind, head_dim).to(part.weight)
+        part.knocks.append(knocks[name])
+        part.rows.append(rows.indices(part.out_features)[:2])
     return knocks
 
 
@@ -535,7 +532,8 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
             part.knocks, part.rows = nn.ModuleList([gate]), [(0, len(part.weight))]
         else:
             del part.knocks, part.rows
-            part.__class__ = nn.Linear  # the same module, so its hooks stay
+            part.__class__ = nn.Linear
+    torch.clear_autocast_cache()  # it may hold the old weights
     return model
 
 
