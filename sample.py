@@ -119,9 +119,9 @@ def generate(
     sample, None for one that has ended with token `eot`; stops when all have ended. Ids from
     n_vocab on are never drawn.
 
-    The model sees at most its context, block_size tokens: of a longer prompt the end. When a text
-    fills the context, its last half becomes the start of the cache and writing goes on.
-    Raises ValueError, before anything is computed, for a prompt or options that cannot be.
+    The model sees at most its context, block_size tokens; of a longer prompt it sees the end. When
+    a text fills the context, its last half becomes the start of the cache and writing goes on.
+    Raises ValueError, before anything is computed, for an impossible prompt or option.
     """
     config, device = model.config, model.embed.weight.device
     if not prompt:

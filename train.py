@@ -62,7 +62,7 @@ from sample import write_samples
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Raises ValueError, in one line, for settings that cannot be."""
+    """How to train. Raises ValueError, in one line, for impossible settings."""
 
     data: str = DEFAULT_DATA  # folder made by data/prepare.py
     out: str = ""  # folder for checkpoints and log; out/CONFIG if not given
@@ -114,7 +114,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
 
     With --resume the run in --out goes on from its newest checkpoint, if there is one. Training
     settings given here replace the checkpoint's; the model's cannot change. With --init the model's
-    shape comes with the weights. Raises ValueError for what cannot be.
+    shape comes with the weights. Raises ValueError for impossible settings.
     """
     configs = {name: CONFIGS[name] | RECIPES[name] for name in CONFIGS}
     options = add_fields("train.py", __doc__, configs, "toy", (Config, TrainConfig))

@@ -4,17 +4,17 @@ Each group is a table, and each of its rows is measured in processes of its own.
 "cpu" are for one GPU. tests/BENCHMARKS.md keeps what they said.
 
 Training rows are runs of train.py as a user starts them, or of a peer (tests/peers.py says how they
-compare). The numbers come from log.jsonl: the median of the updates in the second
-half of the run, in brackets their quartiles; MFU; the peak of memory. "First update" is the time
-from the command until the first update is in the log, with torch's caches empty. "Kernels alone"
-comes from a second run: torch's profiler adds up the kernels of ten updates (on a CPU all
-operations), and the number is the speed that there would be without gaps between them.
+compare). The numbers come from log.jsonl: the median of the updates in the second half of the run,
+in brackets their quartiles; MFU; the peak of memory. "First update" is the time from the command
+until the first update is in the log, with torch's caches empty. "Kernels alone" comes from a second
+run: torch's profiler adds up the kernels of ten updates (on a CPU all operations), and the number
+is the speed that there would be without gaps between them.
 
 Decoding rows are greedy steps of one token after a prompt, on models of random weights. Their bound
-is the time in which the GPU can read what a step needs from its memory: the weights, of experts
-those that some token takes, and the past.
+is the time in which the GPU can read what a step needs from its memory: the weights (only of
+experts that some token uses) and the cache of the past.
 
-Peers that are not here are left out: nanoGPT (a clone at $NANOGPT) and transformers.
+Peers that are not installed are left out: nanoGPT (a clone at $NANOGPT) and transformers.
 """
 
 import argparse

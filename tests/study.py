@@ -559,14 +559,16 @@ def main(argv: list[str]) -> None:
     instead = parser.add_mutually_exclusive_group()  # of doing the missing runs
     instead.add_argument("--table", action="store_true", help="print the table of the study")
     instead.add_argument("--update", action="store_true", help="rewrite all tables and pictures")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--results", type=Path, default=RESULTS,
+                        help="folder of the results (default: tests/results)")
     parser.add_argument("--data", help="folder made by data/prepare.py (default: data/studies, or"
                         " data/studies_gpt2 for time_to_loss; it is made if it is not there)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end in so many minutes")
     parser.add_argument("--keep", action="store_true", help="keep what finished runs wrote")
     args = parse_args(parser, argv)
     if (args.study == "plot") != bool(args.folders):
-        raise ValueError("folders go with plot: python tests/study.py plot out/a out/b")
+        raise ValueError("plot needs the folders of runs, and only plot takes any: "
+                         "python tests/study.py plot out/a out/b")
     if args.study == "plot":
         draw_runs(args.folders)
     elif args.table:
