@@ -555,8 +555,8 @@ def check_fields(config, choices: dict, may_be_zero: tuple[str, ...]) -> None:
         name, value, zero = field.name, getattr(config, field.name), field.name in may_be_zero
         if name in choices and value not in choices[name]:
             raise ValueError(f"{name} must be one of {', '.join(choices[name])}, not {value!r}")
-        if field.type in (int, float) and not (0 < value < math.inf or zero and value == 0):
-            raise ValueError(f"{name} must be {'>= 0' if zero else 'positive'}, not {value}")
+        if field.type in (int, float) and not (0 < value < 2**63 or zero and value == 0):
+            raise ValueError(f"{name} must be {'>= 0' if zero else '> 0'} and < 2^63, not {value}")
 
 
 def check_config(c: Config) -> None:
