@@ -130,7 +130,7 @@ class Heads(nn.Module):
         """W_i for every head i; with a linear knock W_i T (eq. 8): (H * D, n_in)."""
         weight = self.weight.to(dtype)
         if self.knock.kind == "linear":
-            weight = absorb(weight, self.knock.t.to(dtype))
+            weight = absorb(weight, self.knock.t)
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Heads(nn.Module):
 def absorb(weight: Tensor, t: Tensor) -> Tensor:
     """Eq. 8: W_i T for every head i of a transposed weight (H * D, n_in), in its shape."""
     heads = weight.unflatten(0, (-1, len(t)))  # (H, D, n_in)
-    return (t.mT @ heads).flatten(0, 1)
+    return (t.mT.to(weight.dtype) @ heads).flatten(0, 1)
 
 
 class Linear(nn.Linear):
@@ -432,9 +432,9 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
     These are the nn.Linear with names that match the fnmatch `pattern`, such as "*.v_proj". Each
     gets one knock, which its heads of head_dim outputs share; with `rows` only these outputs, such
     as slice(2 * n_embd, 3 * n_embd) for nanoGPT's values. They start as the identity. Returns the
-    knocks by the names of the projections. Raises ValueError if a module cannot be knocked.
-    To load such a model: make the base model, call add_knocks as before, then load_state_dict.
-    LoRA adds to what a linear knock returns: fold first, then merge."""
+    knocks by the names of the projections. Raises ValueError if a module cannot be knocked. Call
+    it before DDP and FSDP, which miss new parameters. To load: make the base model, call add_knocks
+    as before, then load_state_dict. LoRA adds to what a linear knock returns: fold, then merge."""
     if isinstance(model, Transformer):
         raise ValueError("ours have their knocks by Config: set knock_q, knock_k, knock_v")
     if kind not in ("linear", "mlp"):
@@ -447,18 +447,15 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
         if type(part) not in (nn.Linear, KnockedLinear):
             raise ValueError(f"{name} is a {type(part).__name__}, not an nn.Linear: match that, and"
                              " add knocks before it is quantised or wrapped")
-        if "forward" in vars(part):
-            raise ValueError(f"{name} has a forward of its own: add knocks before it gets that")
+        if "forward" in vars(part) or type(part.weight) not in (nn.Parameter, Tensor):
+            raise ValueError(f"{name} is sharded or has a forward of its own: add knocks first")
         start, stop, step = rows.indices(part.out_features)
         if step != 1 or start >= stop or head_dim < 1 or (stop - start) % head_dim:
             raise ValueError(f"outputs {start}:{stop} of {name} do not divide by {head_dim}")
         if any(a < stop and start < b for a, b in getattr(part, "rows", ())):
             raise ValueError(f"{name} knocks already")
-    knocks, seen = {}, set()
-    for name, part in matches.items():
-        if part in seen:  # several names may have one module
-            continue
-        seen.add(part)
+    knocks, names = {}, {part: name for name, part in reversed(matches.items())}
+    for part, name in reversed(names.items()):  # several names may have one module: the first
         if type(part) is nn.Linear:
             part.__class__ = KnockedLinear  # still the same module, with its hooks
             part.knocks, part.rows = nn.ModuleList(), []
@@ -490,11 +487,12 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
     If the heads are only values, W^down goes into W^O, as attention is linear in them. For a model
     that is not ours, `value` and `output` name the two nn.Linear, such as "v_proj" and "o_proj".
     Raises ValueError, with nothing changed, for an MLP knock on a projection with bias or on a part
-    of its outputs, if no plain nn.Linear `output` is beside `value`, and if layers share it."""
+    of its outputs, if no plain nn.Linear `output` is beside `value`, and for weights that layers
+    share, that FSDP has sharded, or that are computed, as pruning and weight norms do."""
     if isinstance(model, Transformer):
         value, output = ("wv", "wo") if model.config.attention == "gqa" else (None, None)
     held = [id(x) for m in model.modules() for x in (*m._modules.values(), *m._parameters.values())]
-    todo = []
+    todo, sharded = [], any(hasattr(part, "reshard") for part in model.modules())  # by FSDP
     for name, part in model.named_modules():
         if isinstance(part, Heads):
             knocks, rows, bias = [part.knock], [(0, len(part.weight))], None
@@ -514,6 +512,8 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
             changed = (part, part.weight, bias, wo, wo and wo.weight)
             if any(x is not None and held.count(id(x)) > 1 for x in changed):
                 raise ValueError(f"what {name} folds into is shared: give each layer its own copy")
+            if sharded or any(type(x) is Tensor for x in changed):
+                raise ValueError(f"what {name} folds into is sharded or computed, not a parameter")
     if isinstance(model, Transformer):
         gone = {name: "none" for name, value in vars(model.config).items() if value == "linear"}
         model.config = replace(model.config, **gone)
@@ -545,7 +545,7 @@ def fold_gate(weight: Tensor, knock: Knock, wo: nn.Module | None) -> tuple[Tenso
     down = knock.down if knock.kind == "mlp" else None
     if down is not None and wo is not None:
         heads = wo.weight.unflatten(1, (-1, knock.head_dim))  # (n_out, H, D): (W^O_h)^T
-        wo.weight.copy_((heads @ down.mT).flatten(1))
+        wo.weight.copy_((heads @ down.mT.to(heads.dtype)).flatten(1))
     return weight, FoldedGate(knock.head_dim, down if wo is None else None)
 
 
@@ -555,8 +555,8 @@ def check_fields(config, choices: dict, may_be_zero: tuple[str, ...]) -> None:
         name, value, zero = field.name, getattr(config, field.name), field.name in may_be_zero
         if name in choices and value not in choices[name]:
             raise ValueError(f"{name} must be one of {', '.join(choices[name])}, not {value!r}")
-        if field.type in (int, float) and not (0 < value < math.inf or zero and value == 0):
-            raise ValueError(f"{name} must be {'>= 0' if zero else 'positive'}, not {value}")
+        if field.type in (int, float) and not (0 < value < 2**63 or zero and value == 0):
+            raise ValueError(f"{name} must be {'>= 0' if zero else '> 0'} and < 2^63, not {value}")
 
 
 def check_config(c: Config) -> None:

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from kha import add_knocks, fold
 from tests.reference import scramble
@@ -131,6 +134,60 @@ def test_whoever_holds_a_projection_holds_the_knocked_one_and_the_folded_one():
     torch.testing.assert_close(held(x), knocked)
 
 
+def test_knocks_in_float32_on_a_bfloat16_model_fold():
+    for kind in ("linear", "mlp"):
+        model, x = Values().bfloat16(), torch.randn(2, 5, 24).bfloat16()
+        model.v_proj.bias = None
+        scramble(add_knocks(model, kind, "v_proj", 8)["v_proj"].float())
+        before = model(x)
+        fold(model, "v_proj", "o_proj")
+        torch.testing.assert_close(model(x), before, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("name", ["v_proj", "o_proj"])
+@pytest.mark.parametrize("compute", [
+    lambda part: prune.l1_unstructured(part, "weight", 0.3),
+    spectral_norm,  # a hook makes the weight in every forward pass
+    parametrizations.weight_norm,  # the weight is a property
+], ids=["pruned", "spectral_norm", "weight_norm"])  # fmt: skip
+def test_a_weight_that_is_computed_is_not_folded_into(compute, name, kind):
+    model, x = Values().eval(), torch.randn(2, 5, 24)
+    model.v_proj.bias = None
+    scramble(add_knocks(model, kind, "v_proj", 8)["v_proj"])
+    compute(getattr(model, name))
+    before = model(x)
+    if kind == "mlp" or name == "v_proj":  # W^O takes a part of an MLP knock only
+        with pytest.raises(ValueError, match="computed|no neighbour o_proj, a plain nn.Linear"):
+            fold(model, "v_proj", "o_proj")
+    else:
+        fold(model)
+    torch.testing.assert_close(model(x), before)
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_knocks_come_before_fsdp_and_folding_after_it(one_process):
+    model, x = Values(), torch.randn(2, 5, 24)
+    add_knocks(model, "linear", "v_proj", 8)
+    fully_shard(model)
+    before = model(x)  # FSDP keeps the weights of the outermost module whole after this
+    with pytest.raises(ValueError, match="sharded"):
+        fold(model)
+    model.reshard()
+    torch.testing.assert_close(model(x), before)
+    model = Values()
+    fully_shard(model)
+    with pytest.raises(ValueError, match="v_proj is sharded"):
+        add_knocks(model, "linear", "v_proj", 8)
+    assert type(model.v_proj) is nn.Linear
+
+
 def test_folding_inside_autocast_keeps_the_output():
     model, x = Values(), torch.randn(2, 5, 24)
     scramble(add_knocks(model, "linear", "v_proj", 8)["v_proj"])
@@ -158,7 +215,7 @@ def test_quantised_and_wrapped_projections_are_refused():
 def test_a_forward_of_its_own_would_go_round_the_knock_so_it_is_refused():
     model = Values()
     model.v_proj.forward = lambda x: x  # as accelerate does it
-    with pytest.raises(ValueError, match="v_proj has a forward of its own: add knocks before"):
+    with pytest.raises(ValueError, match="v_proj is sharded or has a forward of its own: add"):
         add_knocks(model, "mlp", "v_proj", 8)
     assert type(model.v_proj) is nn.Linear
 

@@ -452,7 +452,7 @@ def test_what_a_fold_leaves():
         (dict(attention="gta", head_dim=6), "a multiple of 4"),
         (dict(attention="gpa"), "attention must be one of gqa, gta, mla"),
         (dict(kv_rank=16), "belong to mla"),
-        (dict(n_layer=0), "n_layer must be positive"),
+        (dict(n_layer=0), "n_layer must be > 0"),
         (dict(n_expert=-1), "n_expert must be >= 0"),
         (dict(n_expert=4, top_k=5), "top_k must be in 1..n_expert"),
         (dict(n_expert=4, top_k=2, d_ff=20), "multiples of 8"),
