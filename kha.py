@@ -439,11 +439,13 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
         raise ValueError("ours have their knocks by Config: set knock_q, knock_k, knock_v")
     if kind not in ("linear", "mlp"):
         raise ValueError(f"kind must be linear or mlp, not {kind!r}")
-    modules = model.named_modules(remove_duplicate=False)
-    matches = {name: part for name, part in modules if fnmatch.fnmatchcase(name, pattern)}
+    matches = {}  # of a module with several names the first counts
+    for name, part in model.named_modules(remove_duplicate=False):
+        if fnmatch.fnmatchcase(name, pattern):
+            matches.setdefault(part, name)
     if not matches:
         raise ValueError(f"no module's name matches {pattern!r}: see model.named_modules()")
-    for name, part in matches.items():
+    for part, name in matches.items():
         if type(part) not in (nn.Linear, KnockedLinear):
             raise ValueError(f"{name} is a {type(part).__name__}, not an nn.Linear: match that, and"
                              " add knocks before it is quantised or wrapped")
@@ -454,8 +456,8 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
             raise ValueError(f"outputs {start}:{stop} of {name} do not divide by {head_dim}")
         if any(a < stop and start < b for a, b in getattr(part, "rows", ())):
             raise ValueError(f"{name} knocks already")
-    knocks, names = {}, {part: name for name, part in reversed(matches.items())}
-    for part, name in reversed(names.items()):  # several names may have one module: the first
+    knocks = {}
+    for part, name in matches.items():
         if type(part) is nn.Linear:
             part.__class__ = KnockedLinear  # still the same module, with its hooks
             part.knocks, part.rows = nn.ModuleList(), []
