@@ -94,7 +94,7 @@ def records():
 
 def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
     monkeypatch.setattr(study, "EVAL_BYTES", 4 * 256)  # an evaluation every 4 updates
-    fails, diverges = grid(more="--micro_batch 3")[0], grid(more="--lr 1e30")[0]
+    fails, diverges = grid(more="--micro_batch 3")[0], grid(more="--lr 1e18")[0]
     runs = [*grid(), fails, diverges, *grid(seeds=[2])]
     monkeypatch.setattr(study, "FIGURE_3", [runs[1]])
     code, results = work(monkeypatch, data, runs)
