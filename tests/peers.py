@@ -64,7 +64,8 @@ from train import TrainConfig, check_run, make_optimizer, parse_config
 ROOT = Path(__file__).resolve().parent.parent
 CLONE = Path(os.environ.get("NANOGPT", ROOT.parent / "nanoGPT")).resolve()
 RULES = ("no-decay", "to-start", "slow")
-PEERS = ("nanoGPT", "transformers", "transformers-float32", *RULES, "unshared")
+RULED = (*RULES, "unshared")  # our own train.py, with RuledConfig
+PEERS = ("nanoGPT", "transformers", "transformers-float32", *RULED)
 
 
 def split_command(command: str) -> tuple[str, list[str]]:
@@ -295,13 +296,14 @@ class UnsharedHeads(Heads):
         super().__init__(n_in, n_head, head_dim)
         if knock == "linear":
             raise ValueError("unshared has no linear knocks: use mlp or gate")
-        if knock != "none":  # the names end as ours do, so init_weights knows them
-            own = [nn.ModuleDict({"knock": Knock(knock, head_dim)}) for _ in range(n_head)]
-            self.own = nn.ModuleList(own)
+        n_knock = 0 if knock == "none" else n_head
+        # The names end as ours do, so init_weights knows them.
+        own = [nn.ModuleDict({"knock": Knock(knock, head_dim)}) for _ in range(n_knock)]
+        self.own = nn.ModuleList(own)
 
     def forward(self, x: Tensor) -> Tensor:
         heads = super().forward(x)  # (B, T, H, D)
-        if not hasattr(self, "own"):
+        if not self.own:
             return heads
         pairs = zip(self.own, heads.unbind(2), strict=True)
         return torch.stack([part["knock"](head) for part, head in pairs], dim=2)
@@ -314,7 +316,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"name a peer first, one of {', '.join(PEERS)}; then options of train.py")
     if reason := missing(peer):
         raise FileNotFoundError(reason)
-    if peer in (*RULES, "unshared"):
+    if peer in RULED:
         ours.TrainConfig, RuledConfig.peer = RuledConfig, peer
         if peer == "unshared":
             kha.Heads = UnsharedHeads

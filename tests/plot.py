@@ -135,8 +135,8 @@ def draw_differences(findings: Findings, path: Path) -> Path:
     axes.set_yticks(range(len(rows)), [f"{group}, {kind}".strip(", ") for group, kind in rows])
     label = DIFFERENCE.replace("no knocks", findings.study.baseline.replace("none", "no knocks"))
     axes.set_xticks(np.linspace(-RANGE, RANGE, 5))
-    axes.set(xlim=(-RANGE, RANGE), ylim=(len(rows) - 0.5, -0.5))
-    axes.set(xlabel=label, ylabel=findings.study.groups)
+    axes.set(xlim=(-RANGE, RANGE), ylim=(len(rows) - 0.5, -0.5),
+             xlabel=label, ylabel=findings.study.groups)
     axes.text(1.03, -0.8, "mean ± 95% (pairs)", transform=axes.get_yaxis_transform())
     figure.set_size_inches(9, 1.2 + 0.4 * len(rows))
     return save(figure, path)
@@ -157,8 +157,8 @@ def draw_lengths(findings: Findings, path: Path) -> Path:
     axes.axhline(0, color=COLORS["none"], linewidth=1)
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{x:.0f}" for x in ticks], minor=False)
-    axes.set(xlabel="millions of bytes trained on", ylabel=f"mlp on v: {DIFFERENCE}")
-    axes.set(ylim=(-RANGE, RANGE))
+    axes.set(xlabel="millions of bytes trained on", ylabel=f"mlp on v: {DIFFERENCE}",
+             ylim=(-RANGE, RANGE))
     axes.minorticks_off()
     return save(figure, path)
 

@@ -114,6 +114,11 @@ def grid(groups: dict[str, str], kinds: list[str], seeds: Iterable[int]) -> list
     ]
 
 
+def as_peer(run: Run, peer: str, kind: str) -> Run:
+    """The same run by a peer of tests/peers.py, as a kind of its own."""
+    return run._replace(kind=kind, command=f"{peer} {run.command}")
+
+
 PAIR = ["none", "mlp on v"]
 THREE = ["none", "linear on v", "mlp on v"]
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
@@ -177,7 +182,7 @@ STUDIES = {
         "key/value heads of 12",
         grid(KV_HEADS, PAIR, range(1, 4))
         + [
-            Run(run.group, "mlp on v, one for each head", run.seed, f"unshared {run.command}")
+            as_peer(run, "unshared", "mlp on v, one for each head")
             for run in grid(KV_HEADS, ["mlp on v"], range(1, 4))
             if run.group in ("12", "4")  # one head cannot share
         ],
@@ -191,7 +196,7 @@ STUDIES = {
         "",
         grid({"": small()}, PAIR, range(1, 5))
         + [
-            Run("", kind, run.seed, f"{rule} {run.command}")
+            as_peer(run, rule, kind)
             for run in grid({"": small()}, ["mlp on v"], range(1, 5))
             for kind, rule in RULES.items()
         ],

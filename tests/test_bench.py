@@ -194,7 +194,7 @@ def test_a_run_with_another_rule_goes_on_where_it_was(data):
     assert halves[-1]["step"] == slow[-1]["step"] == 24 and slow[-1]["knocks"] != none[-1]["knocks"]
 
 
-@pytest.mark.parametrize("rule", [*peers.RULES, "unshared"])
+@pytest.mark.parametrize("rule", peers.RULED)
 def test_a_run_with_another_rule_does_not_go_on_without_it(rule, data):
     options, out = f"{TINY} --prompt a --data {data} --out run".split(), Path("run")
     run_ruled(rule, *options, "--steps", "12")
