@@ -387,7 +387,6 @@ def main(argv: list[str]) -> None:
         return on_device(rows.unflatten(0, (-1, train.micro_batch)), device)
 
     step_once = partial(update, model, wrapped, optimizer, train)
-    ahead = 1 if device.startswith("cuda") else 0  # updates that a GPU has waiting
     waiting, stopping = deque(), False
     reserves = rank == 0 and train.save_every and start < train.steps
     saver = Saver(train.out, start, meta["val"]["tokens"], model if reserves else None)
@@ -406,6 +405,8 @@ def main(argv: list[str]) -> None:
 
             evaluates = last or done % train.eval_every == 0
             saves = train.save_every and (last or done % train.save_every == 0)
+            # A GPU has one update waiting, but in the first two the CPU compiles and captures.
+            ahead = 1 if device.startswith("cuda") and step > start + 1 else 0
             while len(waiting) > (0 if evaluates or saves or stopping else ahead):
                 finite, stopping = log.update(*waiting.popleft())
             val_loss = None
@@ -428,8 +429,7 @@ def main(argv: list[str]) -> None:
                 break
     log.close()
     if stopping and not last:
-        log.say(f"stopped by a signal and saved after step {done} of {train.steps}:"
-                " --resume goes on")
+        log.say(f"stopped by a signal, saved after step {done} of {train.steps}: --resume goes on")
     elif start == train.steps:
         log.say(f"nothing to train: all {start} steps are done (give more --steps)")
     if train.sample_tokens and (not stopping or last):

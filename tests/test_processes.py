@@ -113,7 +113,7 @@ def test_a_signal_ends_the_run_after_its_step(number, start, data, tmp_path):
     assert process.returncode == 0 and "Traceback" not in output
     (path,) = list_checkpoints(tmp_path)
     step = load_checkpoint(path)[1]["step"]
-    end = f"stopped by a signal and saved after step {step} of 100000: --resume goes on\n"
+    end = f"stopped by a signal, saved after step {step} of 100000: --resume goes on\n"
     assert output.endswith(end)  # without the sample
     assert [line["step"] for line in read_log(tmp_path)[0]] == list(range(1, step + 1))
 
@@ -131,7 +131,7 @@ def test_under_nohup_a_closed_terminal_does_not_stop_a_run(start, data, tmp_path
     n_update = len(read_log(tmp_path)[0])
     wait_for(lambda: len(read_log(tmp_path)[0]) > n_update + 5, process)
     process.terminate()
-    assert "stopped by a signal and saved" in process.communicate(timeout=LIMIT)[0]
+    assert "stopped by a signal, saved" in process.communicate(timeout=LIMIT)[0]
 
 
 def test_a_second_signal_ends_the_run_at_once(start, data, tmp_path):
@@ -158,7 +158,7 @@ def test_torchrun_passes_a_signal_on(start, data, tmp_path):
     process.terminate()
     output = process.communicate(timeout=LIMIT)[0]
     step = load_checkpoint(list_checkpoints(tmp_path)[0])[1]["step"]
-    assert f"stopped by a signal and saved after step {step} of 100000" in output
+    assert f"stopped by a signal, saved after step {step} of 100000" in output
     assert [line["step"] for line in read_log(tmp_path)[0]] == list(range(1, step + 1))
 
 
