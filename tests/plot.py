@@ -82,8 +82,8 @@ def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
 
 
 def draw_losses(findings: Findings, path: Path) -> Path:
-    """Held-out loss against tokens, with the range of the seeds as a band; below it the difference
-    to no knocks, with its 95% interval as a band."""
+    """Held-out loss against tokens, with the range of the seeds as a band, of the seeds that all
+    kinds have; below it the difference to no knocks, with its 95% interval as a band."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6.5), sharex=True)
 
     def draw(axes: plt.Axes, kind: str, tokens: np.ndarray, middle: np.ndarray, low: np.ndarray,
@@ -91,16 +91,17 @@ def draw_losses(findings: Findings, path: Path) -> Path:
         axes.plot(tokens, middle, "o-", color=COLORS[kind], markersize=4, label=f"{kind}, {label}")
         axes.fill_between(tokens, low, high, color=COLORS[kind], alpha=0.15, linewidth=0)
 
-    for kind in ("linear on v", "gate on v", "mlp on v", "mlp on q, k, v", "none"):
-        runs = findings.results.get(("", kind), {}).values()
-        runs = [run for run in runs if run["val_loss"] is not None]
-        if not runs:
-            continue
-        steps = np.array([step for step, _, _ in runs[0]["evals"]])
-        tokens = steps * runs[0]["settings"]["batch_tokens"] / 1e6
-        losses = np.array([[loss for _, loss, _ in run["evals"]] for run in runs], dtype=float)
-        low, high = losses.min(0), losses.max(0)
-        draw(top, kind, tokens, losses.mean(0), low, high, f"{len(runs)} seeds")
+    kinds = ("linear on v", "gate on v", "mlp on v", "mlp on q, k, v", "none")
+    found = {kind: findings.results["", kind] for kind in kinds if ("", kind) in findings.results}
+    shared = set.intersection(*(set(runs) for runs in found.values()))
+    for kind, runs in found.items():
+        runs = [runs[seed] for seed in shared if runs[seed]["val_loss"] is not None]
+        if runs:
+            steps = np.array([step for step, _, _ in runs[0]["evals"]])
+            tokens = steps * runs[0]["settings"]["batch_tokens"] / 1e6
+            losses = np.array([[loss for _, loss, _ in run["evals"]] for run in runs], dtype=float)
+            low, high = losses.min(0), losses.max(0)
+            draw(top, kind, tokens, losses.mean(0), low, high, f"{len(runs)} seeds")
         course = findings.course("", kind)
         if course:
             n_pair = len(findings.pairs("", kind))
