@@ -164,7 +164,7 @@ def generate(
         tokens.copy_(draw(logits))
         position.add_(1)
 
-    ended = [False] * n_samples
+    ended, n_step = [False] * n_samples, 0
     on_gpu = device.type == "cuda"
     for i in range(max_new_tokens):
         new = tokens.to("cpu", non_blocking=on_gpu, copy=True)
@@ -179,10 +179,10 @@ def generate(
                 tokens.copy_(draw(read(start)))
                 position.fill_(used)
             else:
-                if i == 1 and can_capture(model):
+                if n_step == 1 and can_capture(model):  # it has run once, as `capture` needs
                     step = capture(step, generator)
                 step()
-                used += 1
+                used, n_step = used + 1, n_step + 1
         if on_gpu:
             arrived.synchronize()
         new = new.tolist()
