@@ -55,7 +55,7 @@ class Config:
     kv_rank: int = 0  # MLA: features of all n_kv_head latents together; 2 latents or more are GLA
     q_rank: int = 0  # MLA: features of the query's latent; 0: it has none
     d_ff: int = 2048  # width of the SwiGLU, or of each expert
-    n_expert: int = 0  # 0 is a dense model
+    n_expert: int = 0  # experts in each block; 0 is a dense model
     top_k: int = 0  # experts per token
     knock_q: str = "none"  # none, linear, mlp or gate
     knock_k: str = "none"  # as knock_q
@@ -517,7 +517,7 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
             if sharded or any(type(x) is Tensor for x in changed):
                 raise ValueError(f"what {name} folds into is sharded or computed, not a parameter")
     if isinstance(model, Transformer):
-        gone = {name: "none" for name, value in vars(model.config).items() if value == "linear"}
+        gone = {field: "none" for field, kind in vars(model.config).items() if kind == "linear"}
         model.config = replace(model.config, **gone)
     for part, knocks, rows, bias, wo in todo:
         gate = None

@@ -1,4 +1,4 @@
-"""Train a model: python train.py [config] [--field value ...]
+"""Train a model: python train.py [config] [--option value ...]
 
 `config` names one of kha.CONFIGS. Every field of kha.Config and of TrainConfig below is an option;
 --help lists them. With no argument: `toy`, on the source of the Python standard library, in about
@@ -77,12 +77,12 @@ class TrainConfig:
     beta2: float = 0.95  # of AdamW
     grad_clip: float = 1.0  # largest norm of all gradients together
     balance: str = "rms"  # rule of loss-free balancing: rms or sign
-    balance_rate: float = 1e-3  # its step
+    balance_rate: float = 1e-3  # how far an update moves the bias of each expert, about
     eval_every: int = 250  # steps between evaluations
-    eval_tokens: int = 262144  # of the held-out data
+    eval_tokens: int = 262144  # how many held-out tokens an evaluation reads
     save_every: int = 250  # steps between checkpoints (two and the best stay); 0: at a signal only
     sample_tokens: int = 200  # length of the sample at the end; 0 for none
-    prompt: str = "def "  # of the sample
+    prompt: str = "def "  # what the sample continues
     parallel: str = "ddp"  # under torchrun: ddp, a model in each process, or fsdp, parts of one
     recompute: bool = False  # compute activations again in the backward pass: less memory, slower
     device: str = "auto"  # auto, cuda, mps or cpu
