@@ -199,7 +199,7 @@ def update(
 
 def balance_experts(model: Transformer, rate: Tensor, rule: str) -> Tensor:
     """Move the bias of every mixture against its load in this update, of all processes. Returns
-    the worst load, a scalar: the busiest expert's over the mean, in the worst layer."""
+    the worst load, a scalar: the busiest expert's over the mean, in the worst layer; 0 if dense."""
     moes = model.moes()
     if not moes:
         return torch.zeros_like(rate)

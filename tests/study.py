@@ -314,7 +314,7 @@ class Job:
 
 
 def shape(settings: dict) -> dict:
-    """What decides the speed of a run, but for its knocks, which cost little."""
+    """All that decides the speed of a run, except its knocks, which cost little."""
     return {k: v for k, v in settings.items() if k not in LEARNING and not k.startswith("knock")}
 
 
