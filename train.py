@@ -388,7 +388,7 @@ def main(argv: list[str]) -> None:
     step_once = partial(update, model, wrapped, optimizer, train)
     ahead = 1 if device.startswith("cuda") else 0  # updates that may wait for their line in the log
     waiting, stopping = deque(), False
-    reserves = rank == 0 and train.save_every and start < train.steps
+    reserves = rank == 0 and train.save_every and start < train.steps  # memory: see Saver
     saver = Saver(train.out, start, meta["val"]["tokens"], model if reserves else None)
     with Signals() as signals, advice_on_memory(config, train, n_process), saver:
         micros = draw(start)
