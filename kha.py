@@ -55,7 +55,7 @@ class Config:
     kv_rank: int = 0  # MLA: features of all n_kv_head latents together; 2 latents or more are GLA
     q_rank: int = 0  # MLA: features of the query's latent; 0: it has none
     d_ff: int = 2048  # width of the SwiGLU, or of each expert
-    n_expert: int = 0  # 0 is a dense model
+    n_expert: int = 0  # experts in each block; 0 is a dense model
     top_k: int = 0  # experts per token
     knock_q: str = "none"  # none, linear, mlp or gate
     knock_k: str = "none"  # as knock_q
@@ -89,9 +89,9 @@ class Knock(nn.Module):
         mlp      2 (x_i W^up * sigmoid(x_i W^gate)) W^down          eq. 9
         gate     2 x_i * sigmoid(x_i W^gate)                        Table 2: a higher loss
 
-    No head reads another head's numbers. The heads interact because they share these D x D
-    matrices and all train them. At the start the knock returns x_i, bit for bit: T (t below), W^up
-    and W^down are the identity, W^gate is zero, and 2 sigmoid(0) = 1 (section 3.3).
+    No head reads another's numbers. The heads interact because all of them train these shared D x D
+    matrices. At the start the knock returns x_i, bit for bit: T (t below), W^up and W^down are the
+    identity, W^gate is zero, 2 sigmoid(0) = 1 (section 3.3). Raises ValueError for another kind.
     """
 
     def __init__(self, kind: str, head_dim: int):
@@ -106,7 +106,7 @@ class Knock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Every head of x (..., H, D) on its own: the same shape."""
         if self.kind == "linear":
-            return x @ self.t.to(x.dtype)  # Heads puts T into its weight instead
+            return x @ self.t.to(x.dtype)  # `Heads` has T in its weight, and does not come here
         if self.kind == "mlp":
             up, gate, down = self.up.to(x.dtype), self.gate.to(x.dtype), self.down.to(x.dtype)
             if can_fuse(x):
@@ -142,7 +142,7 @@ class Heads(nn.Module):
 
 
 def absorb(weight: Tensor, t: Tensor) -> Tensor:
-    """Eq. 8: W_i T for every head i of a transposed weight (H * D, n_in), in its shape."""
+    """Eq. 8: W_i T for every head i of a transposed weight (H * D, n_in): the same shape."""
     heads = weight.unflatten(0, (-1, len(t)))  # (H, D, n_in)
     return (t.mT.to(weight.dtype) @ heads).flatten(0, 1)
 
@@ -187,7 +187,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale=None) -> Tensor:
-    """Eq. 4, softmax(q k' scale) v for each head: q (B, T, H, D), k and v (B, S, H_kv, D) ->
+    """Eq. 4, softmax(scale q k^T) v for each head: q (B, T, H, D), k and v (B, S, H_kv, D) ->
     (B, T, H, D). H / H_kv query heads share a key/value head. The default scale is 1 / sqrt(D).
     Without a mask (T, S), attention is causal: a token sees itself and what is before it."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T or S, D)
@@ -208,7 +208,7 @@ class GQA(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         C, D = config.n_embd, config.head_dim
-        self.wo = Linear(config.n_head * D, C)  # init_weights draws in the order of definition
+        self.wo = Linear(config.n_head * D, C)  # first: a seed's weights depend on this order
         self.wq = Heads(C, config.n_head, D, config.knock_q)
         self.wk = Heads(C, config.n_kv_head, D, config.knock_k)
         self.wv = Heads(C, config.n_kv_head, D, config.knock_v)
@@ -220,8 +220,8 @@ class GQA(nn.Module):
         k, v = self.wk(x), self.wv(x)  # (B, T, H_kv, D), knocked
         q = rotate(self.q_norm(q), common.rope)
         k = rotate(self.k_norm(k), common.rope)
-        if layer_cache is not None:
-            k, v = layer_cache.update(common, k, v)  # (B, S, H_kv, D), with earlier tokens'
+        if layer_cache is not None:  # a sample.LayerCache
+            k, v = layer_cache.update(common, k, v)  # (B, S, H_kv, D), now of earlier tokens, too
         y = attend(q, k, v, common.mask)  # (B, T, H, D)
         return self.wo(y.flatten(2))  # (B, T, H * D) -> (B, T, C)
 
@@ -432,9 +432,9 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
     These are the nn.Linear with names that match the fnmatch `pattern`, such as "*.v_proj". Each
     gets one knock, which its heads of head_dim outputs share; with `rows` only these outputs, such
     as slice(2 * n_embd, 3 * n_embd) for nanoGPT's values. They start as the identity. Returns the
-    knocks by the names of the projections. Raises ValueError if a module cannot be knocked. Call
+    knocks by the names of their projections. Raises ValueError if a module cannot be knocked. Call
     it before DDP and FSDP, which miss new parameters. To load: make the base model, call add_knocks
-    as before, then load_state_dict. LoRA adds to what a linear knock returns: fold, then merge."""
+    as before, then load_state_dict. With LoRA on linear knocks: first fold, then merge LoRA."""
     if isinstance(model, Transformer):
         raise ValueError("ours have their knocks by Config: set knock_q, knock_k, knock_v")
     if kind not in ("linear", "mlp"):
@@ -517,7 +517,7 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
             if sharded or any(type(x) is Tensor for x in changed):
                 raise ValueError(f"what {name} folds into is sharded or computed, not a parameter")
     if isinstance(model, Transformer):
-        gone = {name: "none" for name, value in vars(model.config).items() if value == "linear"}
+        gone = {field: "none" for field, kind in vars(model.config).items() if kind == "linear"}
         model.config = replace(model.config, **gone)
     for part, knocks, rows, bias, wo in todo:
         gate = None

@@ -1,8 +1,8 @@
 """Use a trained model: python sample.py [--checkpoint out/toy] [--prompt "def "]
 
 Writes text: the prompt is read once; then each step feeds one new token per sample and finds the
-past in a key/value cache. Text appears as it is written. With --evaluate it measures the model on
-prepared data instead, with --export_hf it writes the model for transformers.
+past in a key/value cache. A single text appears while it is written. With --evaluate it measures
+the model on prepared data instead, with --export_hf it writes the model for transformers.
 """
 
 import argparse
@@ -164,7 +164,7 @@ def generate(
         tokens.copy_(draw(logits))
         position.add_(1)
 
-    ended = [False] * n_samples
+    ended, n_step = [False] * n_samples, 0
     on_gpu = device.type == "cuda"
     for i in range(max_new_tokens):
         new = tokens.to("cpu", non_blocking=on_gpu, copy=True)
@@ -179,10 +179,10 @@ def generate(
                 tokens.copy_(draw(read(start)))
                 position.fill_(used)
             else:
-                if i == 1 and can_capture(model):
+                if n_step == 1 and can_capture(model):  # it has run once, as `capture` needs
                     step = capture(step, generator)
                 step()
-                used += 1
+                used, n_step = used + 1, n_step + 1
         if on_gpu:
             arrived.synchronize()
         new = new.tolist()
@@ -299,7 +299,7 @@ def main(argv: list[str]) -> None:
         " one), or a file (default: out/toy)")
     add("--prompt", default="", help="text to continue, - for standard input; default: none")
     add("--n_samples", type=int, default=1, help="texts to write (default: 1)")
-    add("--max_new_tokens", type=int, default=200, help="length of each (default: 200)")
+    add("--max_new_tokens", type=int, default=200, help="tokens of each text (default: 200)")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
     add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all"
         " (default: 0)")
@@ -307,7 +307,8 @@ def main(argv: list[str]) -> None:
         " have this probability (default: 1)")
     add("--seed", type=int, default=0, help="the same seed draws the same text (default: 0)")
     add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
-    add("--compile", action="store_true", help="a minute first, then faster; CUDA only")
+    add("--compile", action="store_true", help="compile the model: it takes a minute to start, then"
+        " writes faster; CUDA only")
     add("--evaluate", metavar="DATA", help="print the held-out loss on this prepared data instead")
     add("--export_hf", metavar="FOLDER", help="write the model for transformers there instead")
     options = vars(parse_args(parser, argv))

@@ -1,4 +1,4 @@
-"""Train a model: python train.py [config] [--field value ...]
+"""Train a model: python train.py [config] [--option value ...]
 
 `config` names one of kha.CONFIGS. Every field of kha.Config and of TrainConfig below is an option;
 --help lists them. With no argument: `toy`, on the source of the Python standard library, in about
@@ -77,12 +77,12 @@ class TrainConfig:
     beta2: float = 0.95  # of AdamW
     grad_clip: float = 1.0  # largest norm of all gradients together
     balance: str = "rms"  # rule of loss-free balancing: rms or sign
-    balance_rate: float = 1e-3  # its step
+    balance_rate: float = 1e-3  # how far an update moves the experts' biases, on average
     eval_every: int = 250  # steps between evaluations
-    eval_tokens: int = 262144  # of the held-out data
+    eval_tokens: int = 262144  # how many held-out tokens an evaluation reads
     save_every: int = 250  # steps between checkpoints (two and the best stay); 0: at a signal only
     sample_tokens: int = 200  # length of the sample at the end; 0 for none
-    prompt: str = "def "  # of the sample
+    prompt: str = "def "  # what the sample continues
     parallel: str = "ddp"  # under torchrun: ddp, a model in each process, or fsdp, parts of one
     recompute: bool = False  # compute activations again in the backward pass: less memory, slower
     device: str = "auto"  # auto, cuda, mps or cpu
@@ -124,7 +124,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     name, resume = given.pop("config"), given.pop("resume")
     shape = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}
     settings = {"out": f"out/{name}", **RECIPES[name], **given}
-    if empty := [name for name in ("out", "init") if settings.get(name) == ""]:
+    if empty := [field for field in ("out", "init") if settings.get(field) == ""]:
         raise ValueError(f"--{empty[0]} is empty: name a folder")
     if not resume:
         check_new(settings["out"])
@@ -177,8 +177,8 @@ def update(
     """One optimizer step on micro-batches (n_micro, B, T + 1) of token ids.
 
     `wrapped` is what to call for the loss: the model itself, or DDP around it. Returns a tensor
-    (4,): loss, grad_norm, worst_load, and 1 if loss and gradient are finite. With a 0 there the
-    weights stay as they were. The tensor is on the device; the CPU has not waited for it.
+    (4,): loss, grad_norm, worst_load, and 1 if loss and gradient are finite. If they are not, this
+    is 0 and the weights stay as they were. The CPU has not waited for this tensor on the device.
     """
     loss = torch.zeros((), device=micros.device)
     for i, rows in enumerate(micros):
@@ -199,7 +199,7 @@ def update(
 
 def balance_experts(model: Transformer, rate: Tensor, rule: str) -> Tensor:
     """Move the bias of every mixture against its load in this update, of all processes. Returns
-    the worst load, a scalar: the busiest expert's over the mean, in the worst layer."""
+    the worst load, a scalar: the busiest expert's over the mean, in the worst layer; 0 if dense."""
     moes = model.moes()
     if not moes:
         return torch.zeros_like(rate)
@@ -226,8 +226,8 @@ def graphed(step_once: Callable[[Tensor], Tensor], micros: Tensor) -> Callable[[
 def to_cpu(numbers: Tensor, stops: bool) -> Callable[[], list[float]]:
     """Copy an update's numbers to the CPU without waiting, with one more at the end: above 0 if any
     process stops. Returns a function that waits for the copy and gives the list."""
-    stops = sum_over_processes(torch.full((1,), float(stops), device=numbers.device))
-    numbers = torch.cat((numbers, stops))
+    n_stopping = sum_over_processes(torch.full((1,), float(stops), device=numbers.device))
+    numbers = torch.cat((numbers, n_stopping))
     copy = numbers.to("cpu", non_blocking=True)
     if not numbers.is_cuda:
         return copy.tolist
@@ -283,7 +283,8 @@ def build_model(
     compiles, shard = train.compile and on_gpu, n_process > 1 and train.parallel == "fsdp"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    # The routers compute in float32. TF32 is faster, and rounds only their weights, to 11 bits.
+    # The routers compute in float32. TF32 is faster, and rounds its inputs to 11 bits. That changes
+    # the routers' weights only, because activations are bfloat16, which has 8 bits.
     torch.set_float32_matmul_precision("high")
     # broadcast_buffers is the old name: older versions of torch do not have the new one.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")
@@ -315,9 +316,7 @@ def build_model(
 # The run
 
 
-def check_run(
-    config: Config, train: TrainConfig, checkpoint: dict | None, device: str
-) -> dict:
+def check_run(config: Config, train: TrainConfig, checkpoint: dict | None, device: str) -> dict:
     """The meta.json of the data. Raises ValueError, in one line, for what does not fit together."""
     T, data, micro, n_process = config.block_size, train.data, train.micro_batch, n_processes()
     start = checkpoint["step"] if checkpoint else 0
@@ -374,7 +373,7 @@ def main(argv: list[str]) -> None:
     optimizer = make_optimizer(model, train)
     if checkpoint:
         restore(model, optimizer, checkpoint)
-        checkpoint = None  # its file is mapped into memory, and would stay on the disk if removed
+        checkpoint = None  # it maps its file into memory, so a deleted file would still need space
     log = Log(train.out, start, writes=rank == 0)
     settings = {"config": asdict(config), "train": asdict(train)}
     settings |= {"tokenizer": meta["tokenizer"], "data": meta["train"]["sha256"]}
@@ -388,7 +387,7 @@ def main(argv: list[str]) -> None:
 
     step_once = partial(update, model, wrapped, optimizer, train)
     waiting, stopping = deque(), False
-    reserves = rank == 0 and train.save_every and start < train.steps
+    reserves = rank == 0 and train.save_every and start < train.steps  # memory: see Saver
     saver = Saver(train.out, start, meta["val"]["tokens"], model if reserves else None)
     with Signals() as signals, advice_on_memory(config, train, n_process), saver:
         micros = draw(start)

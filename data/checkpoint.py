@@ -266,8 +266,10 @@ def list_checkpoints(folder: str) -> list[str]:
 
 def list_to_resume(folder: str) -> list[str]:
     """The checkpoints from which a run can go on: the newest first, best.pt after all others."""
-    best = os.path.join(folder, "best.pt")
-    return list_checkpoints(folder) + [best] * os.path.isfile(best)
+    paths, best = list_checkpoints(folder), os.path.join(folder, "best.pt")
+    if os.path.isfile(best):
+        paths.append(best)
+    return paths
 
 
 def check_none_newer(folder: str, step: int) -> None:

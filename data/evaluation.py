@@ -31,7 +31,8 @@ def evaluate(
     total = torch.zeros((), device=device)
     # All processes take equally many turns, because FSDP needs them all in each. In the last turn
     # some may have no rows of their own: they compute the last rows, and do not count them.
-    for turn in tqdm(range(0, len(firsts), n_process), disable=None if shows else True):
+    hides = None if shows else True  # None: tqdm shows its bar on a terminal only
+    for turn in tqdm(range(0, len(firsts), n_process), disable=hides):
         i = min(turn + rank, len(firsts) - 1)
         last = min(firsts[i] + micro_batch, n)
         starts = range(firsts[i] * length, last * length, length)

@@ -106,7 +106,8 @@ def memory_per_gpu(
         layer = 3 * c.n_embd + c.q_rank + 2 * c.kv_rank + int(6.5 * q)
     else:
         layer = 3 * c.n_embd + 3 * q + 3 * kv
-    kept = {"none": 0, "linear": 0, "mlp": 1, "gate": 3}  # of each knocked head; mlp as a kernel
+    # How often a knock keeps its heads for the backward pass. For mlp this is the kernel's number.
+    kept = {"none": 0, "linear": 0, "mlp": 1, "gate": 3}
     layer += kept[c.knock_q] * q + kept[c.knock_k] * kv + kept[c.knock_v] * kv
     layer += c.top_k * (c.n_embd + 3 * c.d_ff) if c.n_expert else 2 * c.d_ff
     parts = {

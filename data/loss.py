@@ -29,12 +29,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     made twice either, because each chunk's gradients are taken together with its loss."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk, with_gradients):
+    def forward(ctx, x, weight, targets, one_chunk, with_gradients):
+        """x (N, C), weight (V, C), targets (N,) -> a scalar. `one_chunk` is chunk_loss, or that
+        compiled."""
         n_chunk = -(-len(x) * len(weight) // LOGITS_AT_ONCE)
-        loss, dx, dw = 0, [], upcast(torch.zeros_like(weight)) if with_gradients else None
-        low = weight.to(x.dtype)
+        loss, dx, low = 0, [], weight.to(x.dtype)
+        dw = upcast(torch.zeros_like(weight)) if with_gradients else None
         for x_chunk, targets_chunk in zip(x.chunk(n_chunk), targets.chunk(n_chunk), strict=True):
-            part, dx_part, dw = chunk(x_chunk, low, targets_chunk, dw)
+            part, dx_part, dw = one_chunk(x_chunk, low, targets_chunk, dw)
             loss = loss + part
             dx.append(dx_part)
         if with_gradients:
@@ -50,10 +52,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def chunked_loss(compiles: bool) -> Callable[..., Tensor]:
     """A `loss` for kha.Transformer that computes the mean cross-entropy in chunks, a scalar."""
-    chunk = torch.compile(chunk_loss) if compiles else chunk_loss
+    one_chunk = torch.compile(chunk_loss) if compiles else chunk_loss
 
     def loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
-        return ChunkedCrossEntropy.apply(x, weight, targets, chunk, torch.is_grad_enabled())
+        return ChunkedCrossEntropy.apply(x, weight, targets, one_chunk, torch.is_grad_enabled())
 
     return loss

@@ -45,7 +45,7 @@ def hold_out(tokens: np.ndarray, ends: np.ndarray, digests: np.ndarray, val_frac
     possible, a quarter. The first of these choices is taken that gives from half to twice of what
     is wanted, and leaves at least half of the other tokens:
     1. The documents with a digest below val_fraction * 2**64, whatever the others are.
-    2. Documents in the order of their digests until it is enough, but for those that are too long.
+    2. Documents in the order of their digests until it is enough, without those that are too long.
     3. The ends of those that are too long.
     """
     begins, total = np.concatenate([[0], ends[:-1]]), int(ends[-1])

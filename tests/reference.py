@@ -20,6 +20,10 @@ def scramble(module, seed=0):
     return module
 
 
+def sigmoid(x):
+    return 1 / (1 + torch.exp(-x))
+
+
 def knock(kind, weights, x):
     """Eq. 5-7, eq. 9 and the gate of Table 2, head by head; x (B, T, H, D)."""
     heads = []
@@ -27,13 +31,10 @@ def knock(kind, weights, x):
         if kind == "linear":
             head = head @ weights["t"]
         if kind == "mlp":
-            head = (
-                2
-                * ((head @ weights["up"]) / (1 + torch.exp(-(head @ weights["gate"]))))
-                @ weights["down"]
-            )
+            up, gate = head @ weights["up"], sigmoid(head @ weights["gate"])
+            head = (2 * up * gate) @ weights["down"]
         if kind == "gate":
-            head = 2 * head / (1 + torch.exp(-(head @ weights["gate"])))
+            head = 2 * head * sigmoid(head @ weights["gate"])
         heads.append(head)
     return torch.stack(heads, 2)
 

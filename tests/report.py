@@ -169,9 +169,9 @@ class Findings:
 
         Raises ValueError if two differ in more than their knocks.
         """
-        pairs = []
-        baseline = self.study.baseline
-        baselines = self.results.get((group, baseline), {}) if kind != baseline else {}
+        pairs, baselines = [], {}
+        if kind != self.study.baseline:
+            baselines = self.results.get((group, self.study.baseline), {})
         for seed, result in self.results.get((group, kind), {}).items():
             baseline = baselines.get(seed)
             if baseline is None or None in (result["val_loss"], baseline["val_loss"]):
@@ -244,7 +244,9 @@ def difference_cells(differences: list[float]) -> list[str]:
         return ["", ""]
     mean, half = interval(differences)
     text = f"{mean:+.4f}".replace("-", "−")
-    return [text + f" ± {half:.4f}" * (len(differences) > 1), str(len(differences))]
+    if len(differences) > 1:
+        text += f" ± {half:.4f}"
+    return [text, str(len(differences))]
 
 
 def loss_table(findings: Findings) -> str:
@@ -266,7 +268,7 @@ def loss_table(findings: Findings) -> str:
                 row.append(mean)
             row += [str(sum(run[key] for run in runs)) for key in ("spikes", "skipped")]
             n_diverged = len(runs) - len(ended)
-            row.append(f"{len(runs)}" + f" ({n_diverged} diverged)" * (n_diverged > 0))
+            row.append(f"{len(runs)} ({n_diverged} diverged)" if n_diverged else str(len(runs)))
             rows.append(row + difference_cells(findings.differences(group, kind)))
     return markdown(rows)
 

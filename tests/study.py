@@ -50,7 +50,7 @@ from data.log import MAX_SKIPPED
 from data.prepare import prepare
 from data.script import parse_args, run_script
 from data.tokens import load_meta
-from tests.peers import missing, split_command
+from tests.peers import ROOT, missing, split_command
 from tests.report import (
     Run,
     Study,
@@ -68,10 +68,8 @@ from tests.report import (
 )
 from train import parse_config
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "results"
 TRAIN = [sys.executable, str(ROOT / "train.py")]
-PEERS = [sys.executable, str(ROOT / "tests" / "peers.py")]
 SCRATCH = Path("out/study")  # where runs write; a run's folder is removed when its line is written
 DATA = {"byte": "data/studies", "gpt2": "data/studies_gpt2"}  # by tokenizer
 EVAL_BYTES = 50e6  # of training, about, between evaluations
@@ -256,11 +254,11 @@ class Job:
         steps = self.settings["steps"]
         evals = max(1, round(self.tokens(steps) / EVAL_BYTES))
         peer, options = split_command(self.run.command)
+        script = [sys.executable, ROOT / "tests/peers.py", peer] if peer else TRAIN
         command = [
-            *([*PEERS, peer] if peer else TRAIN), "--eval_every", math.ceil(steps / evals),
-            *options, "--data", data, "--out", self.folder, "--resume",
-            "--eval_tokens", EVAL_TOKENS, "--save_every", steps if keep else 0,
-            "--sample_tokens", 0,
+            *script, "--eval_every", math.ceil(steps / evals), *options, "--data", data,
+            "--out", self.folder, "--resume", "--eval_tokens", EVAL_TOKENS,
+            "--save_every", steps if keep else 0, "--sample_tokens", 0,
         ]  # fmt: skip
         self.first, self.start = saved_step(self.folder), time.monotonic()
         with open(self.folder / "output.txt", "a") as output:
@@ -316,7 +314,7 @@ class Job:
 
 
 def shape(settings: dict) -> dict:
-    """What decides the speed of a run, but for its knocks, which cost little."""
+    """All that decides the speed of a run, except its knocks, which cost little."""
     return {k: v for k, v in settings.items() if k not in LEARNING and not k.startswith("knock")}
 
 

@@ -275,7 +275,7 @@ def test_what_is_no_document_does_not_count_when_sides_are_chosen(tmp_path, name
 
 @pytest.mark.parametrize("small", [range(0, 60, 20), range(7), [3], [59]])
 def test_a_side_is_never_tiny(tmp_path, small):
-    """Sixty files of 23 kB but for a few of 100 bytes: whole files, and about 5% of the bytes."""
+    """Of sixty files a few have 100 bytes, the others 23 kB: whole files, about 5% of the bytes."""
     (tmp_path / "in").mkdir()
     for i in range(60):
         size = 100 if i in small else 23_000

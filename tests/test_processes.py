@@ -51,7 +51,7 @@ def runs(data, tmp_path_factory):
 
 
 def assert_close_runs(one, two):
-    """The same losses, loads, evaluations and weights, but for rounding."""
+    """The same losses, loads, evaluations and weights, within rounding."""
     lines, others = ([line for line in lines_of(out) if "config" not in line] for out in (one, two))
     for line, other in zip(lines, others, strict=True):
         for key in ("step", "loss", "grad_norm", "worst_load", "val_loss"):
@@ -180,7 +180,7 @@ def test_a_folder_takes_one_run_at_a_time(start, data, tmp_path):
 
 @pytest.fixture
 def dying(tmp_path):
-    """train.py, but for a rank 1 that dies at step 14 unless torchrun has restarted it."""
+    """train.py, but its rank 1 dies at step 14 unless torchrun has restarted it."""
     path = tmp_path / "dying.py"
     path.write_text("""
 import os, signal, train

@@ -67,6 +67,24 @@ def test_with_the_cache_as_without(model, prompt):
     assert cached == plain[len(prompt) :]
 
 
+@pytest.mark.parametrize("n_prompt", [1, 62, 63, 64, 70], ids=lambda n: f"{n} of 64")
+def test_the_step_is_captured_once_after_it_has_run(n_prompt, model, monkeypatch):
+    """Also where the prompt fills the context, so that the first new token needs no step."""
+    right = new_tokens(model, [1] * n_prompt, 2, 6)
+    lengths, captured = [], []
+
+    def capture(step, generator):
+        captured.append(list(lengths))
+        return step
+
+    monkeypatch.setattr("sample.can_capture", lambda model: True)
+    monkeypatch.setattr("sample.capture", capture)
+    model.embed.register_forward_hook(lambda _, args, out: lengths.append(args[0].shape))
+    assert new_tokens(model, [1] * n_prompt, 2, 6) == right
+    (before,) = captured
+    assert before.count((2, 1)) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("n_samples", [1, 32])
 @pytest.mark.parametrize(

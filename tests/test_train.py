@@ -48,7 +48,7 @@ def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
     schedule = TrainConfig(lr=0.01, steps=30)
     assert [line["lr"] for line in steps] == [lr_at(step, schedule) for step in range(30)]
     assert [line["step"] for line in evals] == [10, 20, 30]
-    counts = load_meta(data)["val"]  # there are as many bytes as tokens, but for the ends of texts
+    counts = load_meta(data)["val"]  # a byte is a token, and the end of a text is one, too
     bits = evals[-1]["val_loss"] / math.log(2) * counts["tokens"]
     assert evals[-1]["val_bpb"] == pytest.approx(bits / counts["bytes"], rel=1e-6)
     diagonal, rest = evals[-1]["knocks"]["blocks.0.attn.wv.knock.down"]
