@@ -310,6 +310,16 @@ def test_a_new_run_starts_from_a_qwen3_folder(data, tmp_path):
     tokens = torch.randint(320, (2, 16))
     torch.testing.assert_close(start(tokens), model(tokens), rtol=1e-4, atol=1e-4)
 
+    def start_of_knock(seed):
+        words = [*args, "--knock_init", "random", "--seed", seed]
+        config, settings, checkpoint = parse_config(words)
+        start, _ = train.build_model(config, settings, "cpu", 1)
+        restore(start, make_optimizer(start, settings), checkpoint)
+        return start.blocks[0].attn.wv.knock.up
+
+    assert torch.equal(start_of_knock("1"), start_of_knock("1"))
+    assert not torch.equal(start_of_knock("1"), start_of_knock("2"))
+
 
 @pytest.mark.parametrize(
     "change,message",
