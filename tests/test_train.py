@@ -329,6 +329,7 @@ def test_a_new_run_starts_from_a_qwen3_folder(data, tmp_path):
         ("--knock_v none", "has trained with knock_v mlp, .*: leave out --knock_v none, or start"),
         ("--knock_v linear", "has trained with knock_v mlp, .*: leave out --knock_v linear"),
         ("--n_expert 0 --top_k 0", "do not fit a model with --n_expert 0, --top_k 0"),
+        ("--knock_v mlp --knock_init random", "--knock_init random is for new knocks, and there"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(change, message, whole):
