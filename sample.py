@@ -316,8 +316,19 @@ def main(argv: list[str]) -> None:
     compiled, data = options.pop("compile"), options.pop("evaluate")
     if folder is not None and data is not None:
         raise ValueError("--evaluate and --export_hf are two tasks: give one of them")
+    if data is not None or folder is not None:
+        task = "--evaluate" if folder is None else "--export_hf"
+        for name, value in {**options, "compile": compiled}.items():
+            if name != "checkpoint" and value != parser.get_default(name):
+                raise ValueError(f"--{name} changes nothing in {task}: leave it out")
     if compiled and not device.startswith("cuda"):
         raise ValueError(f"--compile is for CUDA: leave it out on {device}")
+    try:
+        if options["prompt"] == "-":
+            options["prompt"] = sys.stdin.read()
+        options["prompt"].encode()  # bytes that Python could not decode fail here at the latest
+    except UnicodeError as error:
+        raise ValueError("the prompt is not UTF-8 text: convert it") from error
     model, checkpoint = load_checkpoint(options.pop("checkpoint"), device)
     loss = checkpoint.get("val_loss")
     held_out = f", held-out loss {loss:.4f}" if loss is not None else ""
@@ -335,8 +346,6 @@ def main(argv: list[str]) -> None:
     lighten(model)
     if compiled:
         compile_steps(model, options["n_samples"])
-    if options["prompt"] == "-":
-        options["prompt"] = sys.stdin.read()
     write_samples(model, tokenizer, **options)
 
 
