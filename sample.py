@@ -323,12 +323,11 @@ def main(argv: list[str]) -> None:
                 raise ValueError(f"--{name} changes nothing in {task}: leave it out")
     if compiled and not device.startswith("cuda"):
         raise ValueError(f"--compile is for CUDA: leave it out on {device}")
-    try:
-        if options["prompt"] == "-":
-            options["prompt"] = sys.stdin.read()
-        options["prompt"].encode()  # bytes that Python could not decode fail here at the latest
-    except UnicodeError as error:
-        raise ValueError("the prompt is not UTF-8 text: convert it") from error
+    if options["prompt"] == "-":
+        try:
+            options["prompt"] = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt is not UTF-8 text ({error}): convert it") from error
     model, checkpoint = load_checkpoint(options.pop("checkpoint"), device)
     loss = checkpoint.get("val_loss")
     held_out = f", held-out loss {loss:.4f}" if loss is not None else ""

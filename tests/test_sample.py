@@ -258,7 +258,7 @@ def test_the_script(model, tmp_path):
         (("--checkpoint", path, "--evaluate", "a", "--top_p", 0.5), "--top_p changes nothing in"),
         (("--checkpoint", path, "--export_hf", "a", "--prompt", "b"), "--prompt changes nothing"),
         (("--checkpoint", path, "--device", "cpu", "--compile"), "--compile is for CUDA"),
-        (("--checkpoint", path, "--prompt", "a\udcff"), "the prompt is not UTF-8 text"),
+        (("--checkpoint", path, "--prompt", "a\udcff"), "--prompt a? is not UTF-8 text"),
     ]:
         code, out, err = sample(*args)
         assert (code, out, err.count("\n")) == (2, "", 1) and message in err

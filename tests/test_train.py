@@ -356,6 +356,12 @@ def test_every_option_is_typed_and_the_config_is_the_default():
     assert parse_config([])[0].n_expert == 8  # toy
 
 
+@pytest.mark.parametrize("option", ["--prompt", "--out", "--data"])
+def test_bytes_that_are_not_text_are_refused(option):
+    with pytest.raises(ValueError, match=f"^{option} a.b is not UTF-8 text: convert or rename it"):
+        parse_config([option, "a\udcffb"])
+
+
 def test_help_says_what_each_option_is():
     words = " ".join(train_script("--help").stdout.split())
     lr = "--lr float peak, after 5% warm-up; a cosine takes it to 10%"
