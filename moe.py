@@ -109,8 +109,8 @@ class MoE(nn.Module):
 
         # Slot n*K + j is choice j of token n. Sorted by expert, the slots of an expert are
         # neighbours: one grouped matmul runs all experts, with any number of tokens each.
-        # int16 sorts faster than int64.
-        sorted_expert, order = chosen.flatten().to(torch.int16).sort(stable=True)  # (N*K,)
+        index = torch.int16 if self.n_expert <= 2**15 else torch.int32  # 16 bits sort faster
+        sorted_expert, order = chosen.flatten().to(index).sort(stable=True)  # (N*K,)
         slots = torch.arange(len(order), device=x.device)
         inverse = torch.empty_like(order).scatter_(0, order, slots)  # argsort, without a sort
         experts = torch.arange(self.n_expert, dtype=sorted_expert.dtype, device=x.device)

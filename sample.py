@@ -317,8 +317,18 @@ def main(argv: list[str]) -> None:
     compiled, data = options.pop("compile"), options.pop("evaluate")
     if folder is not None and data is not None:
         raise ValueError("--evaluate and --export_hf are two tasks: give one of them")
+    if data is not None or folder is not None:
+        task = "--evaluate" if folder is None else "--export_hf"
+        for name, value in {**options, "compile": compiled}.items():
+            if name != "checkpoint" and value != parser.get_default(name):
+                raise ValueError(f"--{name} changes nothing in {task}: leave it out")
     if compiled and not device.startswith("cuda"):
         raise ValueError(f"--compile is for CUDA: leave it out on {device}")
+    if options["prompt"] == "-":
+        try:
+            options["prompt"] = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt is not UTF-8 text ({error}): convert it") from error
     model, checkpoint = load_checkpoint(options.pop("checkpoint"), device)
     loss = checkpoint.get("val_loss")
     held_out = f", held-out loss {loss:.4f}" if loss is not None else ""
@@ -336,8 +346,6 @@ def main(argv: list[str]) -> None:
     lighten(model)
     if compiled:
         compile_steps(model, options["n_samples"])
-    if options["prompt"] == "-":
-        options["prompt"] = sys.stdin.read()
     write_samples(model, tokenizer, **options)
 
 

@@ -386,6 +386,11 @@ def start_from(path: str, changes: dict) -> tuple[Config, dict]:
                 f"the weights of {path} do not fit a model with {given or 'its own config'}"
                 f" ({name} differs): leave out what changes their shapes"
             )
+    if "knock_init" in changes and wanted.keys() <= weights.keys():
+        raise ValueError(
+            f"--knock_init {changes['knock_init']} is for new knocks, and there are none beside"
+            f" those of {path}: leave it out, or add some, such as --knock_v mlp"
+        )
     return config, {"model": weights, "step": 0, "tokenizer": saved["tokenizer"]}
 
 

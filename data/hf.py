@@ -272,12 +272,14 @@ def import_hf(folder: str, **changes) -> Transformer:
 
 def start_from_hf(folder: str, changes: dict) -> tuple[Config, dict]:
     """The Config of a new run and the checkpoint that it starts from, with the weights and the
-    tokenizer of a Qwen3 folder. Raises what import_hf raises."""
+    tokenizer of a Qwen3 folder; knocks are left to their start. Raises what import_hf raises."""
     tokenizer = os.path.join(folder, TOKENIZER_FILE)
     if not os.path.isfile(tokenizer):
         raise FileNotFoundError(f"{tokenizer} is missing: put the model's own there")
     model = import_hf(folder, **changes)
-    return model.config, {"model": model.state_dict(), "step": 0, "tokenizer": tokenizer}
+    # The run draws random knocks itself, from its seed and the same in all its processes.
+    weights = {name: w for name, w in model.state_dict().items() if ".knock." not in name}
+    return model.config, {"model": weights, "step": 0, "tokenizer": tokenizer}
 
 
 def check_head(folder: str, weights: dict[str, torch.Tensor]) -> None:

@@ -63,7 +63,13 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Nam
         option = word.split("=")[0]
         if re.fullmatch(r"--?[a-zA-Z]\S*", option) and option not in options:
             raise ValueError(f"unknown option {option}: {nearest(option, options, 'see --help')}")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    for name, value in vars(args).items():
+        # Python marks bytes that are not UTF-8 so. torch cannot read a file of such a name, and a
+        # tokenizer would change such a prompt.
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise ValueError(f"--{name} {value} is not UTF-8 text: convert or rename it")
+    return args
 
 
 def nearest(word: str, choices: Iterable[str], otherwise: str) -> str:

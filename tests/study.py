@@ -523,6 +523,8 @@ def update(results: Path) -> None:
     """Rewrite the tables in README.md there, and draw the pictures of all studies with results."""
     plot = load_plot()
     found = read_results(results)
+    if not found:
+        raise FileNotFoundError(f"no results in {results}: name their folder with --results")
     readme = results / "README.md"
     if readme.exists():
         new = readme.with_suffix(".new")  # so that no half of it can be left
@@ -572,6 +574,8 @@ def main(argv: list[str]) -> None:
     if (args.study == "plot") != bool(args.folders):
         raise ValueError("plot needs the folders of runs, and only plot takes any: "
                          "python tests/study.py plot out/a out/b")
+    if not args.minutes > 0:
+        raise ValueError(f"--minutes must be above 0, not {args.minutes:g}")
     if args.study == "plot":
         draw_runs(args.folders)
     elif args.table:

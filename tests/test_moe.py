@@ -95,6 +95,18 @@ def test_the_router_is_exact_where_activations_are_bfloat16():
         assert low.dtype == exact.dtype and torch.equal(low, exact)
 
 
+def test_experts_may_be_more_than_16_bits_hold():
+    torch.manual_seed(0)
+    moe = MoE(8, 8, 70_000, 2)
+    for p in moe.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(200, 8)
+    y = moe(x)
+    chosen, _ = moe.route(x)
+    assert torch.equal(moe.load, chosen.flatten().bincount(minlength=70_000).float())
+    torch.testing.assert_close(y, moe.eval()(x), rtol=1e-4, atol=1e-4)  # another way there
+
+
 def test_load_counts_training_tokens_until_the_next_balance():
     moe = make_moe()
     moe.bias[3] = 100

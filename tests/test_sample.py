@@ -260,6 +260,10 @@ def test_the_script(model, tmp_path):
         "--- 3 of 3 ---",
     ]
 
+    command = [sys.executable, ROOT / "sample.py", "--checkpoint", path, "--prompt", "-"]
+    done = subprocess.run(command, input=b"a\xff", capture_output=True)
+    assert done.returncode == 2 and b"the prompt is not UTF-8 text" in done.stderr
+
     broken = tmp_path / "broken.pt"
     broken.write_bytes(path.read_bytes()[:1000])
     for args, message in [
@@ -269,7 +273,10 @@ def test_the_script(model, tmp_path):
         (("--checkpoint", path, "--device", "tpu"), "device 'tpu' is not available"),
         (("--checkpoint", path, "--seed", "x"), "invalid int value"),
         (("--checkpoint", path, "--evaluate", "a", "--export_hf", "b"), "give one of them"),
+        (("--checkpoint", path, "--evaluate", "a", "--top_p", 0.5), "--top_p changes nothing in"),
+        (("--checkpoint", path, "--export_hf", "a", "--prompt", "b"), "--prompt changes nothing"),
         (("--checkpoint", path, "--device", "cpu", "--compile"), "--compile is for CUDA"),
+        (("--checkpoint", path, "--prompt", "a\udcff"), "--prompt a? is not UTF-8 text"),
     ]:
         code, out, err = sample(*args)
         assert (code, out, err.count("\n")) == (2, "", 1) and message in err

@@ -285,6 +285,20 @@ def test_a_wrong_option_shows_before_the_first_run(data, monkeypatch):
     assert not Path("record").exists()
 
 
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ("toy --minutes nan", "--minutes must be above 0, not nan"),
+        ("toy --minutes 0", "--minutes must be above 0, not 0"),
+        ("toy --update", "no results in empty"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(words, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        study.main([*words.split(), "--results", "empty"])
+    assert not os.listdir()
+
+
 def test_the_data_are_the_python_files_of_the_packages(tmp_path, monkeypatch):
     packages = tmp_path / "packages"
     (packages / "torch").mkdir(parents=True)

@@ -310,6 +310,16 @@ def test_a_new_run_starts_from_a_qwen3_folder(data, tmp_path):
     tokens = torch.randint(320, (2, 16))
     torch.testing.assert_close(start(tokens), model(tokens), rtol=1e-4, atol=1e-4)
 
+    def start_of_knock(seed):
+        words = [*args, "--knock_init", "random", "--seed", seed]
+        config, settings, checkpoint = parse_config(words)
+        start, _ = train.build_model(config, settings, "cpu", 1)
+        restore(start, make_optimizer(start, settings), checkpoint)
+        return start.blocks[0].attn.wv.knock.up
+
+    assert torch.equal(start_of_knock("1"), start_of_knock("1"))
+    assert not torch.equal(start_of_knock("1"), start_of_knock("2"))
+
 
 @pytest.mark.parametrize(
     "change,message",
@@ -319,6 +329,7 @@ def test_a_new_run_starts_from_a_qwen3_folder(data, tmp_path):
         ("--knock_v none", "has trained with knock_v mlp, .*: leave out --knock_v none, or start"),
         ("--knock_v linear", "has trained with knock_v mlp, .*: leave out --knock_v linear"),
         ("--n_expert 0 --top_k 0", "do not fit a model with --n_expert 0, --top_k 0"),
+        ("--knock_v mlp --knock_init random", "--knock_init random is for new knocks, and there"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(change, message, whole):
@@ -343,6 +354,12 @@ def test_every_option_is_typed_and_the_config_is_the_default():
     )
     assert settings.out == "out/gpt2"
     assert parse_config([])[0].n_expert == 8  # toy
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--out", "--data"])
+def test_bytes_that_are_not_text_are_refused(option):
+    with pytest.raises(ValueError, match=f"^{option} a.b is not UTF-8 text: convert or rename it"):
+        parse_config([option, "a\udcffb"])
 
 
 def test_help_says_what_each_option_is():
