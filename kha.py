@@ -245,16 +245,16 @@ class Block(nn.Module):
 
 
 @torch.no_grad()
-def init_weights(module: nn.Module, config: Config) -> None:
+def init_weights(module: nn.Module, config: Config, aside: torch.Generator | None = None) -> None:
     """Give every weight its start, in place, for a model or one of its parts.
 
-    Knocks at the identity (section 3.3) draw no random numbers. So with the same seed, models with
-    and without knocks have the same base weights, and the same outputs at step 0.
+    Knocks at the identity (section 3.3) draw no random numbers, and random ones draw from `aside`.
+    So with the same seed knocks change no other weight, and at the identity no output of step 0.
     """
     out_std = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: activations do not grow with depth
     for name, p in module.named_parameters():
         if "knock." in name and config.knock_init == "random":
-            p.normal_(std=len(p) ** -0.5)  # keeps the variance
+            p.normal_(std=len(p) ** -0.5, generator=aside)  # keeps the variance
         elif name.endswith("knock.gate"):
             p.zero_()
         elif "knock." in name:

@@ -321,6 +321,24 @@ def test_a_new_run_starts_from_a_qwen3_folder(data, tmp_path):
     assert not torch.equal(start_of_knock("1"), start_of_knock("2"))
 
 
+def test_a_random_start_of_knocks_changes_no_other_weight():
+    """So its runs are pairs with those of no knocks, too."""
+    shape = dict(vocab_size=50, block_size=8, n_layer=2, n_embd=16, n_head=2, n_kv_head=2)
+
+    def start(**knocks):
+        config = Config(**shape, head_dim=8, d_ff=16, tie_embeddings=False, **knocks)
+        return dict(train.build_model(config, TrainConfig(), "cpu", 1)[0].named_parameters())
+
+    without, random = start(knock_v="none"), start(knock_v="mlp", knock_init="random")
+    assert all(torch.equal(random[name], p) for name, p in without.items())
+    knocks = [p.flatten() for name, p in random.items() if "knock." in name]
+    assert len(knocks) == 6
+    others = torch.cat([p.flatten() / p.std() for p in without.values() if p.dim() == 2])
+    for i, knock in enumerate(knocks):  # all of their 64 numbers are new: the same ones give 8
+        assert (others.unfold(0, 64, 1) @ (knock / knock.norm()) < 6).all()
+        assert all((knock - other).norm() > 0.1 * knock.norm() for other in knocks[:i])
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
