@@ -4,11 +4,13 @@ import functools
 import itertools
 import math
 
+import pytest
 import torch
 
 SMALL = dict(  # the shape of a small model
     vocab_size=50, block_size=32, n_layer=2, n_embd=24, n_head=6, n_kv_head=2, head_dim=8, d_ff=24
 )
+HEADS = {"wide": (6, 2, 8), "odd": (3, 1, 32)}  # n_head, n_kv_head, head_dim; n_embd is 24
 
 
 def scramble(module, seed=0):
@@ -18,6 +20,28 @@ def scramble(module, seed=0):
         for p in module.parameters():
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3)
     return module
+
+
+def theirs(name="Qwen3", heads="wide", **overrides):
+    """A small random model of transformers, with its HEADS. Without transformers the test skips."""
+    transformers = pytest.importorskip("transformers")
+    fields = dict(vocab_size=320, hidden_size=24, intermediate_size=40, num_hidden_layers=2)
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    fields |= zip(names, HEADS[heads], strict=True)
+    fields |= dict(max_position_embeddings=128, tie_word_embeddings=True)
+    config = getattr(transformers, f"{name}Config")(**{**fields, **overrides})
+    return scramble(getattr(transformers, f"{name}ForCausalLM")(config)).eval()
+
+
+def logits(model, tokens):
+    """What a model computes: of models of transformers the logits alone."""
+    out = model(tokens)
+    return getattr(out, "logits", out)
+
+
+def relative_error(a, b):
+    """The largest difference of two tensors, as a part of the largest number in b."""
+    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def sigmoid(x):

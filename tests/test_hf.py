@@ -1,5 +1,4 @@
-"""Knocks on other people's models, and our models in transformers and back. Every answer is
-compared with transformers' own."""
+"""Our models in transformers and back. Every answer is compared with transformers' own."""
 
 import copy
 import json
@@ -11,24 +10,19 @@ import sys
 
 import pytest
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 from data.figures import knock_movement
 from data.hf import export_hf, import_hf
 from data.tokens import load_tokenizer
-from kha import Config, Knock, Transformer, add_knocks, fold
+from kha import Config, Transformer
 from sample import generate, write_samples
-from tests import reference
-from tests.reference import scramble
+from tests.reference import HEADS, logits, relative_error, scramble, theirs
 from tests.runs import command, environment
 from tests.test_sample import save
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors")
 
-HEADS = {"wide": (6, 2, 8), "odd": (3, 1, 32)}  # n_head, n_kv_head, head_dim; n_embd is 24
-SIZES = dict(vocab_size=320, hidden_size=24, intermediate_size=40, num_hidden_layers=2)
 ROPE = {"rope_theta": 500.0}  # transformers 5 makes rope_parameters of it
 MIXTURE = dict(n_expert=6, top_k=2)
 KINDS = {
@@ -59,33 +53,14 @@ def ours(heads="wide", **overrides):
     return model
 
 
-def theirs(name="Qwen3", heads="wide", **overrides):
-    """A small random model of transformers."""
-    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
-    shape = dict(zip(names, HEADS[heads], strict=True))
-    fields = {**SIZES, "max_position_embeddings": 128, "tie_word_embeddings": True, **shape}
-    config = getattr(transformers, f"{name}Config")(**{**fields, **overrides})
-    return scramble(getattr(transformers, f"{name}ForCausalLM")(config)).eval()
-
-
 def load(folder, **options):
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, **options
     )
 
 
-@torch.no_grad()
-def logits(model, tokens):
-    out = model(tokens)
-    return getattr(out, "logits", out)
-
-
 def random_tokens(*shape):
     return torch.randint(256, shape, generator=torch.Generator().manual_seed(0))
-
-
-def relative_error(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def assert_same(a, b, shapes=((1, 1), (1, 9), (3, 100))):
@@ -98,346 +73,6 @@ def edit_config(folder, **changes):
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in config.items() if v != "removed"}))
-
-
-# --- knocks on models that are not ours ---
-
-
-class Fused(nn.Module):
-    """nanoGPT's attention, as far as it matters: one nn.Linear makes queries, keys and values."""
-
-    def __init__(self, bias=True):
-        super().__init__()
-        self.c_attn = nn.Linear(24, 3 * 24, bias=bias)
-        self.c_proj = nn.Linear(24, 24)
-
-    def forward(self, x):
-        parts = self.c_attn(x).split(24, dim=-1)
-        q, k, v = (part.unflatten(-1, (3, 8)).transpose(1, 2) for part in parts)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).flatten(2))
-
-
-def knock_outputs(module, knock, kind):
-    """Let eq. 7 or eq. 9 of the reference knock on what a module returns."""
-    weights, dim = dict(knock.named_parameters()), knock.head_dim
-
-    def hook(_, __, y):
-        return reference.knock(kind, weights, y.unflatten(-1, (-1, dim))).flatten(-2)
-
-    module.register_forward_hook(hook)
-
-
-@pytest.mark.parametrize("name", ["Llama", "Qwen3"])
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize(
-    "kind,pattern", [("linear", "*.[qkv]_proj"), ("mlp", "*.v_proj"), ("mlp", "*.k_proj")]
-)
-def test_added_knocks_change_nothing_then_are_the_equation_then_fold(name, heads, kind, pattern):
-    model, tokens = theirs(name, heads), random_tokens(2, 9)
-    before, plain = logits(model, tokens), copy.deepcopy(model)
-    knocks = add_knocks(model, kind, pattern, HEADS[heads][2])
-    assert len(knocks) == 2 * (3 if kind == "linear" else 1)
-    torch.testing.assert_close(logits(model, tokens), before, rtol=1e-6, atol=1e-6)
-
-    model(tokens).logits.square().mean().backward()
-    assert all(p.grad.abs().max() > 0 for knock in knocks.values() for p in knock.parameters())
-
-    for i, (place, knock) in enumerate(knocks.items()):
-        scramble(knock, i)
-        knock_outputs(plain.get_submodule(place), knock, kind)
-    knocked = logits(model, tokens)
-    assert relative_error(knocked, before) > 1e-2
-    assert relative_error(knocked, logits(plain, tokens)) < 1e-5
-
-    folded = fold(model)
-    assert folded is model and not any(isinstance(part, Knock) for part in model.modules())
-    assert relative_error(logits(model, tokens), knocked) < 1e-5
-
-
-def test_down_of_a_value_knock_vanishes_into_the_output_projection():
-    model, tokens = theirs("Llama"), random_tokens(2, 9)
-    for i, knock in enumerate(add_knocks(model, "mlp", "*.[qv]_proj", 8).values()):
-        scramble(knock, i)
-    knocked, names = logits(model, tokens), set(model.state_dict())
-    with pytest.raises(ValueError, match="has no neighbour wo"):
-        fold(copy.deepcopy(model), "v_proj", "wo")
-    fold(model, "v_proj", "o_proj")
-    assert relative_error(logits(model, tokens), knocked) < 1e-5
-    left = set(model.state_dict())
-    downs = {name for name in left if name.endswith("q_proj.knocks.0.down")}  # not of values
-    assert len(downs) == 2 and {name for name in names if "knock" not in name} == left - downs
-
-
-def test_down_vanishes_into_a_plain_weight_only():
-    model = theirs("Llama")
-    add_knocks(model, "mlp", "*.v_proj", 8)
-    add_knocks(model, "linear", "*.o_proj", 8)
-    with pytest.raises(ValueError, match="plain nn.Linear"):
-        fold(model, "v_proj", "o_proj")
-
-
-def test_a_fused_projection_knocks_where_it_is_told():
-    x, plain = torch.randn(2, 9, 24), scramble(Fused())
-    model = copy.deepcopy(plain)
-    kinds = {"v": "mlp", "q": "linear", "k": "linear"}
-    rows = {"v": slice(48, 72), "q": slice(24), "k": slice(24, 48)}
-    knocks = {part: add_knocks(model, kinds[part], "c_attn", 8, rows[part])["c_attn"]
-              for part in kinds}  # fmt: skip
-    torch.testing.assert_close(model(x), plain(x))
-    for i, knock in enumerate(knocks.values()):
-        scramble(knock, i)
-
-    def hook(_, __, y):
-        heads = []
-        for part, values in zip("qkv", y.unflatten(-1, (9, 8)).split(3, dim=2), strict=True):
-            weights = dict(knocks[part].named_parameters())
-            heads.append(reference.knock(kinds[part], weights, values))
-        return torch.cat(heads, dim=2).flatten(2)
-
-    plain.c_attn.register_forward_hook(hook)
-    torch.testing.assert_close(model(x), plain(x))
-
-
-@pytest.mark.parametrize("bias,rows", [(True, slice(None)), (False, slice(48, 72))])
-def test_a_fused_projection_folds_linear_knocks_only(bias, rows):
-    x, model = torch.randn(2, 9, 24), Fused(bias)
-    add_knocks(model, "mlp", "c_attn", 8, rows)
-    with pytest.raises(ValueError, match="knocks already"):
-        add_knocks(model, "mlp", "c_attn", 8, rows=slice(48, 56))
-    with pytest.raises(ValueError, match="cannot fold the MLP knock of c_attn"):
-        fold(model)
-
-    linear = scramble(Fused(bias))
-    scramble(add_knocks(linear, "linear", "c_attn", 8, rows)["c_attn"])
-    knocked = linear(x)
-    assert type(fold(linear).c_attn) is nn.Linear
-    torch.testing.assert_close(linear(x), knocked)
-
-
-@pytest.mark.parametrize(
-    "what,kind",
-    [("module", "linear"), ("module", "mlp"), ("weight", "linear"), ("weight", "mlp"),
-     ("bias", "linear"), ("output", "mlp")],
-)  # fmt: skip
-def test_what_layers_share_is_not_folded(what, kind):
-    """It would be folded twice, or in one of its places only."""
-    model = theirs("Llama", attention_bias=what == "bias")
-    first, second = (layer.self_attn for layer in model.model.layers)
-    if what == "module":
-        second.v_proj = first.v_proj
-    elif what == "output":
-        second.o_proj = first.o_proj
-    add_knocks(model, kind, "*.v_proj", 8)
-    if what in ("weight", "bias"):
-        setattr(second.v_proj, what, getattr(first.v_proj, what))
-    scramble(model)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    with pytest.raises(ValueError, match="is shared: give each layer its own copy"):
-        fold(model, "v_proj", "o_proj")
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-
-
-def test_a_layer_that_is_used_twice_as_a_whole_folds():
-    model, tokens = theirs("Llama"), random_tokens(2, 9)
-    model.model.layers[1] = model.model.layers[0]
-    model.config.use_cache = False  # both would write to one place in it
-    add_knocks(model, "mlp", "*.v_proj", 8)
-    knocked = logits(scramble(model), tokens)
-    fold(model, "v_proj", "o_proj")
-    assert relative_error(logits(model, tokens), knocked) < 1e-5
-
-
-def test_what_is_frozen_stays_frozen_when_folded():
-    model = theirs("Llama")
-    add_knocks(model, "mlp", "*.[qv]_proj", 8)
-    fold(model.requires_grad_(False), "v_proj", "o_proj")
-    assert not any(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_a_copy_of_a_model_with_added_knocks_is_its_own(kind):
-    model, tokens = theirs(attention_bias=True), random_tokens(2, 9)
-    base = set(model.state_dict())
-    for knock in add_knocks(model, kind, "*.v_proj", 8).values():
-        scramble(knock)
-    knocked, twin = logits(model, tokens), copy.deepcopy(model)
-    assert torch.equal(logits(twin, tokens), knocked)
-    scramble(twin, seed=1)
-    assert torch.equal(logits(model, tokens), knocked)
-    assert not torch.equal(logits(twin, tokens), knocked)
-    if kind == "linear":
-        fold(copy.deepcopy(model))
-        assert torch.equal(logits(model, tokens), knocked)
-        assert set(fold(model).state_dict()) == base
-        assert relative_error(logits(model, tokens), knocked) < 1e-5
-    else:
-        assert base < set(model.state_dict())
-
-
-def knocked_qwen2(kind):
-    """A Qwen2 of transformers, which has biases on q, k and v, with knocks on its values."""
-    model = theirs("Qwen2", num_attention_heads=3, num_key_value_heads=1)
-    return model, add_knocks(model, kind, "*.v_proj", 8)
-
-
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_added_knocks_are_saved_and_loaded(kind, tmp_path):
-    from safetensors.torch import load_model
-
-    model, knocks = knocked_qwen2(kind)
-    for i, knock in enumerate(knocks.values()):
-        scramble(knock, i)
-    torch.save(model.state_dict(), tmp_path / "model.pt")
-    model.save_pretrained(tmp_path)
-    for file in ("model.pt", "model.safetensors"):
-        loaded, _ = knocked_qwen2(kind)
-        scramble(loaded, seed=1)
-        if file == "model.pt":
-            loaded.load_state_dict(torch.load(tmp_path / file))
-        else:
-            load_model(loaded, tmp_path / file)
-        assert torch.equal(logits(loaded, random_tokens(2, 9)), logits(model, random_tokens(2, 9)))
-
-
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_a_trainer_of_transformers_saves_added_knocks_and_goes_on(kind, tmp_path):
-    pytest.importorskip("accelerate")
-    from safetensors.torch import load_model
-
-    rows = [{"input_ids": row, "labels": row} for row in random_tokens(16, 9)]
-
-    def train(model, steps, **how):
-        arguments = transformers.TrainingArguments(
-            tmp_path, max_steps=steps, save_steps=2, learning_rate=0.01, use_cpu=True, report_to=[],
-            per_device_train_batch_size=2, disable_tqdm=True, lr_scheduler_type="constant",
-        )  # fmt: skip
-        transformers.Trainer(model, arguments, train_dataset=rows).train(**how)
-
-    model, knocks = knocked_qwen2(kind)
-    train(model, 4)
-    trained = logits(model, random_tokens(2, 9))
-    fresh = Knock(kind, 8).parameters()
-    moved = zip(next(iter(knocks.values())).parameters(), fresh, strict=True)
-    assert all((p - start).abs().max() > 0.01 for p, start in moved)
-    loaded, _ = knocked_qwen2(kind)
-    load_model(loaded, tmp_path / "checkpoint-4" / "model.safetensors")
-    assert torch.equal(logits(loaded, random_tokens(2, 9)), trained)
-    resumed, _ = knocked_qwen2(kind)
-    train(resumed, 4, resume_from_checkpoint=tmp_path / "checkpoint-2")
-    torch.testing.assert_close(logits(resumed, random_tokens(2, 9)), trained)
-
-
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-@pytest.mark.parametrize("first", ["compile", "add_knocks"])
-def test_added_knocks_are_compiled(kind, first):
-    model, tokens = theirs(), random_tokens(2, 9)
-    if first == "compile":
-        compiled = torch.compile(model, backend="eager")
-        logits(compiled, tokens)  # compiled here, without knocks
-    knocks = add_knocks(model, kind, "*.v_proj", 8)
-    for i, knock in enumerate(knocks.values()):
-        scramble(knock, i)
-    if first == "add_knocks":
-        compiled = torch.compile(model, backend="eager")
-    assert relative_error(logits(compiled, tokens), logits(model, tokens)) < 1e-6
-    compiled(tokens).logits.square().mean().backward()
-    assert all(p.grad.abs().max() > 0 for knock in knocks.values() for p in knock.parameters())
-
-
-def test_added_knocks_train_with_gradient_checkpointing():
-    model, tokens = theirs().train(), random_tokens(2, 9)
-    (knock, *_) = add_knocks(model, "mlp", "*.v_proj", 8).values()
-
-    def gradients():
-        model.zero_grad()
-        model(tokens, use_cache=False).logits.square().mean().backward()
-        return [p.grad.clone() for p in knock.parameters()]
-
-    plain = gradients()
-    model.gradient_checkpointing_enable()
-    for a, b in zip(plain, gradients(), strict=True):
-        assert a.abs().max() > 0
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("projection", ["q_proj", "v_proj"])
-def test_lora_is_merged_after_folding(projection):
-    peft = pytest.importorskip("peft")
-    model, tokens = theirs(), random_tokens(2, 9)
-    for i, knock in enumerate(add_knocks(model, "linear", f"*.{projection}", 8).values()):
-        scramble(knock, i)
-    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[projection]))
-    for name, p in lora.named_parameters():
-        if "lora_" in name:
-            p.data.normal_(std=0.3)
-    before = logits(lora.eval(), tokens)
-    merged = fold(lora).merge_and_unload()
-    assert not any(isinstance(part, Knock) for part in merged.modules())
-    assert relative_error(logits(merged, tokens), before) < 1e-5
-
-
-def test_added_knocks_take_the_dtype_of_the_projection():
-    model, tokens = theirs().bfloat16(), random_tokens(2, 9)
-    before = logits(model, tokens)
-    knocks = add_knocks(model, "linear", "*.q_proj", 8) | add_knocks(model, "mlp", "*.v_proj", 8)
-    dtypes = {p.dtype for knock in knocks.values() for p in knock.parameters()}
-    assert dtypes == {torch.bfloat16}
-    assert relative_error(logits(model, tokens), before) < 0.02
-
-
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        (("lin", "*.v_proj", 8), "kind must be linear or mlp, not 'lin'"),
-        (("mlp", "*.value", 8), "no module's name matches '\\*.value'"),
-        (("mlp", "*.self_attn", 8), "layers.0.self_attn is a Qwen3Attention, not an nn.Linear"),
-        (("mlp", "*.v_proj", 7), "outputs 0:16 of model.layers.0.self_attn.v_proj do not divide"),
-        (("linear", "*.v_proj", 8, slice(16, 24)), "outputs 16:16 of"),
-        (("linear", "*.v_proj", 8, slice(0, 16, 2)), "do not divide"),
-        (("linear", "*.q_proj", 8), "model.layers.0.self_attn.q_proj knocks already"),
-        (("linear", "*.k_proj", 8), "model.layers.1.self_attn.k_proj knocks already"),
-    ],
-)
-def test_knocks_that_cannot_be_added_leave_the_model_alone(arguments, message):
-    model = theirs()
-    add_knocks(model, "linear", "*.q_proj", 8)
-    add_knocks(model, "mlp", "*.1.*.k_proj", 8)
-    before = set(model.state_dict())
-    with pytest.raises(ValueError, match=message) as error:
-        add_knocks(model, *arguments)
-    assert "\n" not in str(error.value) and set(model.state_dict()) == before
-
-
-def wrap_in_lora(model):
-    peft = pytest.importorskip("peft")
-    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["v_proj"]))
-
-
-def quantise(model):
-    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
-
-
-def parametrize_weights(model):
-    for layer in model.model.layers:
-        nn.utils.parametrizations.weight_norm(layer.self_attn.v_proj)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    "change,name", [(wrap_in_lora, "Linear"), (quantise, "Linear"), (parametrize_weights, "Param")]
-)
-def test_projections_of_other_types_are_refused(change, name):
-    model = theirs()
-    change(model)
-    message = f"v_proj is a .*{name}.*, not an nn.Linear: .*before it is quantised or wrapped"
-    with pytest.raises(ValueError, match=message):
-        add_knocks(model, "linear", "*.v_proj", 8)
-
-
-def test_our_own_models_have_their_knocks_by_config():
-    with pytest.raises(ValueError, match="set knock_q"):
-        add_knocks(ours(knock_q="linear"), "mlp", "*.wq", 8)
 
 
 # --- out ---

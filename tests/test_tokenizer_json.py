@@ -412,7 +412,7 @@ def test_data_of_a_version_that_kept_no_hash_of_the_file_are_refused(small, coun
 
 
 def test_a_model_trains_on_in_its_own_tokens_only(small, counting, data, tmp_path):
-    from tests.test_hf import theirs
+    from tests.reference import theirs
 
     model, own, out = tmp_path / "qwen", tmp_path / "own", tmp_path / "out"
     theirs(vocab_size=640).save_pretrained(model)
