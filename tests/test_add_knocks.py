@@ -18,6 +18,7 @@ RANDOM = torch.Generator().manual_seed(0)
 TOKENS = torch.randint(320, (8, 9), generator=RANDOM)
 X = torch.randn(2, 5, 24, generator=RANDOM)
 BOTH_KINDS = pytest.mark.parametrize("kind", ["linear", "mlp"])
+WITH_OUTPUT = pytest.mark.parametrize("names", [(), ("v_proj", "o_proj")])  # W^down goes there
 
 
 class Values(nn.Module):
@@ -96,11 +97,13 @@ def test_a_fused_projection_knocks_where_it_is_told():
     torch.testing.assert_close(model(X), torch.cat(expected, -1))
 
 
-def test_a_projection_with_two_names_knocks_once():
+@pytest.mark.parametrize("pattern,name", [("[va]*", "v_proj"), ("again", "again")])
+def test_a_projection_with_two_names_knocks_once(pattern, name):
     model = Values()
     model.again = model.v_proj
-    (knock,) = add_knocks(model, "linear", "[va]*", 8).values()
-    assert model.again is model.v_proj and list(model.v_proj.knocks) == [knock]
+    knocks = add_knocks(model, "linear", pattern, 8)
+    assert model.again is model.v_proj and list(knocks) == [name]
+    assert list(model.v_proj.knocks) == [knocks[name]]
 
 
 @BOTH_KINDS
@@ -315,20 +318,22 @@ def test_a_fold_that_fails_changes_nothing():
     assert torch.equal(model(X), before)
 
 
-def test_what_is_frozen_stays_frozen_when_folded():
+@WITH_OUTPUT
+def test_what_is_frozen_stays_frozen_when_folded(names):
     model = Values()
     add_knocks(model, "mlp", "v_proj", 8)
-    fold(model.requires_grad_(False))
-    assert len(list(model.v_proj.knocks.parameters())) == 1  # W^down
+    fold(model.requires_grad_(False), *names)
+    assert len(list(model.v_proj.knocks.parameters())) == (0 if names else 1)  # W^down
     assert not any(p.requires_grad for p in model.parameters())
 
 
+@WITH_OUTPUT
 @BOTH_KINDS
-def test_knocks_in_float32_on_a_bfloat16_model_fold(kind):
+def test_knocks_in_float32_on_a_bfloat16_model_fold(kind, names):
     model, x = Values().bfloat16(), X.bfloat16()
     add_random(model, kind)["v_proj"].float()
     before = model(x)
-    fold(model, "v_proj", "o_proj")
+    fold(model, *names)
     assert relative_error(model(x), before) < 0.02
 
 
