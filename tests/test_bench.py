@@ -11,7 +11,7 @@ import torch
 
 from data.checkpoint import collect, restore
 from data.tokens import open_tokens
-from kha import Config, Transformer, init_weights
+from kha import Config, Transformer
 from tests import bench, peers, report, study
 from tests.runs import ROOT, SHAPE, contents, environment, lines_of
 from train import TrainConfig, parse_config
@@ -142,7 +142,6 @@ def test_unshared_knocks_start_as_shared_ones_and_share_their_gradient(monkeypat
         monkeypatch.setattr(peers.kha, "Heads", heads)
         torch.manual_seed(1)
         models.append(Transformer(config))
-        init_weights(models[-1], config)
     losses = [model(tokens[:, :-1], tokens[:, 1:]) for model in models]
     assert losses[0] == losses[1]
     for loss in losses:

@@ -302,20 +302,21 @@ def test_a_new_run_starts_from_a_qwen3_folder(data, tmp_path):
     shape = dict(vocab_size=320, block_size=32, n_layer=1, n_embd=32, n_head=4, n_kv_head=2)
     model = scramble(Transformer(Config(**shape, head_dim=8, d_ff=32, knock_v="none")))
     export_hf(model, tmp_path / "qwen3", load_tokenizer("byte"))
-    args = ["--init", str(tmp_path / "qwen3"), "--knock_v", "mlp", "--block_size", "16"]
-    config, settings, checkpoint = parse_config(args)
+
+    def start_of(*more):
+        args = ["--init", str(tmp_path / "qwen3"), "--knock_v", "mlp", "--block_size", "16", *more]
+        config, settings, checkpoint = parse_config(args)
+        start, _ = train.build_model(config, settings, "cpu", 1)
+        restore(start, make_optimizer(start, settings), checkpoint)
+        return start
+
+    start, tokens = start_of(), torch.randint(320, (2, 16))
+    config = start.config
     assert (config.knock_v, config.n_embd, config.block_size) == ("mlp", 32, 16)
-    start, _ = train.build_model(config, settings, "cpu", 1)
-    restore(start, make_optimizer(start, settings), checkpoint)
-    tokens = torch.randint(320, (2, 16))
     torch.testing.assert_close(start(tokens), model(tokens), rtol=1e-4, atol=1e-4)
 
     def start_of_knock(seed):
-        words = [*args, "--knock_init", "random", "--seed", seed]
-        config, settings, checkpoint = parse_config(words)
-        start, _ = train.build_model(config, settings, "cpu", 1)
-        restore(start, make_optimizer(start, settings), checkpoint)
-        return start.blocks[0].attn.wv.knock.up
+        return start_of("--knock_init", "random", "--seed", seed).blocks[0].attn.wv.knock.up
 
     assert torch.equal(start_of_knock("1"), start_of_knock("1"))
     assert not torch.equal(start_of_knock("1"), start_of_knock("2"))
