@@ -31,7 +31,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from data.checkpoint import FORMAT, Saver, list_to_resume, read_newest, restore, start_from
-from data.device import can_capture, capture, on_device, pick_device
+from data.device import Moment, can_capture, capture, on_device, pick_device, start_compilers
 from data.evaluation import bits_per_byte, evaluate
 from data.figures import advice_on_memory, knock_movement
 from data.hf import start_from_hf
@@ -223,19 +223,18 @@ def graphed(step_once: Callable[[Tensor], Tensor], micros: Tensor) -> Callable[[
     return run
 
 
-def to_cpu(numbers: Tensor, stops: bool) -> Callable[[], list[float]]:
-    """Copy an update's numbers to the CPU without waiting, with one more at the end: above 0 if any
-    process stops. Returns a function that waits for the copy and gives the list."""
+def to_cpu(numbers: Tensor, stops: bool) -> Callable[[], tuple[list[float], Moment]]:
+    """Copy an update's numbers to the CPU, with one more at the end: above 0 if any process stops.
+    Returns a function that gives the list, and the moment at which the device had it. A CUDA GPU
+    copies while the CPU goes on; the function waits for it."""
     n_stopping = sum_over_processes(torch.full((1,), float(stops), device=numbers.device))
     numbers = torch.cat((numbers, n_stopping))
-    copy = numbers.to("cpu", non_blocking=True)
-    if not numbers.is_cuda:
-        return copy.tolist
-    arrived = torch.cuda.current_stream().record_event()
+    copy = numbers.to("cpu", non_blocking=numbers.is_cuda)
+    moment = Moment(str(numbers.device))
 
-    def wait() -> list[float]:
-        arrived.synchronize()
-        return copy.tolist()
+    def wait() -> tuple[list[float], Moment]:
+        moment.wait()
+        return copy.tolist(), moment
 
     return wait
 
@@ -281,6 +280,8 @@ def build_model(
     part at a time; the rest is its share."""
     on_gpu = device.startswith("cuda")
     compiles, shard = train.compile and on_gpu, n_process > 1 and train.parallel == "fsdp"
+    if compiles:
+        start_compilers()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     # The routers compute in float32. TF32 is faster, and rounds its inputs to 11 bits. That changes
@@ -405,8 +406,7 @@ def main(argv: list[str]) -> None:
 
             evaluates = last or done % train.eval_every == 0
             saves = train.save_every and (last or done % train.save_every == 0)
-            # A GPU has one update waiting, but in the first two the CPU compiles and captures.
-            ahead = 1 if device.startswith("cuda") and step > start + 1 else 0
+            ahead = 1 if device.startswith("cuda") else 0  # a GPU always has an update waiting
             while len(waiting) > (0 if evaluates or saves or stopping else ahead):
                 finite, stopping = log.update(*waiting.popleft())
             val_loss = None

@@ -1,5 +1,6 @@
-"""Where a model runs: the device, copies to it, and CUDA graphs."""
+"""Where a model runs: the device, copies to it, its clock, and CUDA graphs."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,37 @@ def on_device(rows: Tensor, device: str) -> Tensor:
     if device.startswith("cuda"):
         return rows.pin_memory().to(device, non_blocking=True)
     return rows.to(device)
+
+
+def start_compilers() -> None:
+    """Start the processes that compile kernels for torch.compile. They take seconds to start. Torch
+    itself starts them with the first compilation, and until they run it compiles alone."""
+    from torch._inductor.async_compile import maybe_warm_pool  # slow to import
+
+    maybe_warm_pool()
+
+
+class Moment:
+    """The moment at which a device has done all that it was given before this was made. On CUDA it
+    is the GPU's own time, so it does not matter when the CPU looks. That may be late: a launch
+    waits while about a thousand others are in the queue."""
+
+    def __init__(self, device: str):
+        self.event, self.time = None, time.perf_counter()
+        if device.startswith("cuda"):
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+
+    def wait(self) -> None:
+        """Return when the moment has come."""
+        if self.event:
+            self.event.synchronize()
+
+    def seconds_since(self, earlier: "Moment") -> float:
+        """Seconds between two moments that have come."""
+        if self.event:
+            return earlier.event.elapsed_time(self.event) / 1000
+        return self.time - earlier.time
 
 
 def can_capture(model: Transformer) -> bool:

@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from data.checkpoint import check_none_newer, list_checkpoints, list_to_resume
+from data.device import Moment
 from data.figures import PEAK_FLOPS, count_params, flops_per_token, of_gpu
 from data.script import naming
 from kha import Transformer
@@ -123,7 +124,7 @@ class Log:
     ) -> None:
         """Start the clock and the progress, and write the settings if they are not those of the
         lines so far. `settings` has the fields of both configs and what else stands in line 1."""
-        train, self.device, self.clock = settings["train"], device, time.perf_counter()
+        train, self.device, self.clock = settings["train"], device, Moment(device)
         self.out, self.batch_tokens = train["out"], train["batch_tokens"]
         name = device if not device.startswith("cuda") else torch.cuda.get_device_name(device)
         peak, flops = of_gpu(PEAK_FLOPS, name), flops_per_token(model, model.config.block_size)
@@ -141,17 +142,21 @@ class Log:
             f" {self.out}" + (f", going on after step {start}" if start else "")
         )
 
-    def update(self, step: int, lr: float, numbers: Callable[[], list]) -> tuple[bool, bool]:
+    def update(
+        self, step: int, lr: float, numbers: Callable[[], tuple[list, Moment]]
+    ) -> tuple[bool, bool]:
         """Wait for an update's numbers and log them: loss, grad_norm, worst_load (0 for a dense
-        model), whether they are finite, and whether the run stops; returns these last two.
+        model), whether they are finite, and whether the run stops; returns these last two. With
+        the numbers comes the moment at which the device had them.
 
         Raises ValueError after MAX_SKIPPED updates in a row that were not finite.
         """
-        loss, grad_norm, worst_load, finite, stopping = numbers()
+        (loss, grad_norm, worst_load, finite, stopping), moment = numbers()
         record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
         if worst_load:
             record["worst_load"] = worst_load
-        record["tokens_per_s"] = self.batch_tokens / self.restart_clock()
+        record["tokens_per_s"] = self.batch_tokens / moment.seconds_since(self.clock)
+        self.clock = moment
         if self.device.startswith("cuda"):
             record["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         if self.mfu_of_a_token:
@@ -172,10 +177,9 @@ class Log:
             )
         return bool(finite), bool(stopping)
 
-    def restart_clock(self) -> float:
-        """Start the clock of the next update; returns the seconds since it last started."""
-        before, self.clock = self.clock, time.perf_counter()
-        return self.clock - before
+    def restart_clock(self) -> None:
+        """Start the clock of the next update."""
+        self.clock = Moment(self.device)
 
     def say(self, text: str) -> None:
         """Print a line, above the progress; nothing in processes that do not write."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 import train
 from data.checkpoint import load_checkpoint, restore
+from data.device import Moment, start_compilers
 from data.evaluation import evaluate
 from data.figures import flops_per_token, memory_advice
 from data.hf import export_hf
@@ -231,12 +233,28 @@ def test_speed_is_tokens_in_a_second_and_the_share_of_all_peaks(tmp_path, monkey
     config, settings, _ = parse_config([*SHORT, "--out", str(tmp_path)])
     model, log = Transformer(config), Log(str(tmp_path), 0)
     settings = {"config": dataclasses.asdict(config), "train": dataclasses.asdict(settings)}
+    moment = SimpleNamespace(seconds_since=lambda earlier: 0.5)
+    monkeypatch.setattr("data.log.Moment", lambda device: moment)
     log.begin(model, settings, "cuda:0", n_process=2, start=0)
-    monkeypatch.setattr(log, "restart_clock", lambda: 0.5)
-    log.update(1, 0.1, lambda: [2.0, 1.0, 0, True, False])
+    log.update(1, 0.1, lambda: ([2.0, 1.0, 0, True, False], moment))
     line = lines_of(tmp_path)[-1]
     assert (line["tokens_per_s"], line["memory_gib"]) == (512, 3)  # 256 tokens an update
     assert line["mfu"] == pytest.approx(512 * flops_per_token(model, 32) / (2 * 989e12))
+
+
+@pytest.mark.gpu
+def test_a_moment_is_the_gpus_however_late_the_cpu_looks():
+    moments = [Moment("cuda")]
+    for _ in range(3):
+        torch.cuda._sleep(10**8)  # cycles: at least 40 ms
+        moments.append(Moment("cuda"))
+    moments[-1].wait()
+    spans = [later.seconds_since(earlier) for earlier, later in pairwise(moments)]
+    assert 0.04 < min(spans) and max(spans) < 2 * min(spans)
+
+
+def test_this_torch_can_start_its_compilers_early():
+    start_compilers()  # a private name of torch: ImportError if it is gone
 
 
 def test_batches_depend_on_seed_and_step_alone():
