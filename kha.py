@@ -77,8 +77,9 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 # The method
 
-# Each kind of knock and its (D, D) matrices.
+# Each kind of knock and its (D, D) matrices; and how each matrix starts (section 3.3).
 KNOCKS = {"none": (), "linear": ("t",), "mlp": ("up", "gate", "down"), "gate": ("gate",)}
+STARTS = {"t": nn.init.eye_, "up": nn.init.eye_, "gate": nn.init.zeros_, "down": nn.init.eye_}
 
 
 class Knock(nn.Module):
@@ -100,8 +101,8 @@ class Knock(nn.Module):
             raise ValueError(f"kind must be one of {', '.join(KNOCKS)}, not {kind!r}")
         self.kind, self.head_dim = kind, head_dim
         for name in KNOCKS[kind]:
-            start = torch.zeros(head_dim, head_dim) if name == "gate" else torch.eye(head_dim)
-            self.register_parameter(name, nn.Parameter(start))
+            matrix = nn.Parameter(torch.empty(head_dim, head_dim))
+            self.register_parameter(name, STARTS[name](matrix))
 
     def forward(self, x: Tensor) -> Tensor:
         """Every head of x (..., H, D) on its own: the same shape."""
@@ -255,10 +256,8 @@ def init_weights(module: nn.Module, config: Config, aside: torch.Generator | Non
     for name, p in module.named_parameters():
         if "knock." in name and config.knock_init == "random":
             p.normal_(std=len(p) ** -0.5, generator=aside)  # keeps the variance
-        elif name.endswith("knock.gate"):
-            p.zero_()
         elif "knock." in name:
-            nn.init.eye_(p)
+            STARTS[name.split(".")[-1]](p)
         elif p.dim() == 1:  # the norms
             p.fill_(1)
         elif name.endswith(("wo.weight", "w_down", "experts_down")):
