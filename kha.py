@@ -507,7 +507,7 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
             part.__class__ = nn.Linear
     if isinstance(model, Transformer):
         gone = {field: "none" for field, kind in vars(model.config).items() if kind == "linear"}
-        model.config = replace(model.config, **gone)
+        model.config = replace(model.config, **gone, knock_init="identity")
     torch.clear_autocast_cache()  # it may hold the old weights
     return model
 
@@ -569,6 +569,7 @@ def check_config(c: Config) -> None:
     for wrong, message in [
         (c.n_head % c.n_kv_head, "n_head must be a multiple of n_kv_head"),
         (c.head_dim % 2 or c.rope_dim % 2, "head_dim must be even; in gta and mla a multiple of 4"),
+        (knocks == {"none"} and c.knock_init == "random", "without knocks, leave knock_init out"),
         (c.attention == "gta" and c.knock_k != "none", "gta knocks by knock_v: leave knock_k none"),
         (mla and knocks - {"none", "linear"}, "mla takes linear knocks only: set knock_v linear"),
         (mla and (c.kv_rank == 0 or c.kv_rank % c.n_kv_head),
