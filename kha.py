@@ -513,7 +513,7 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
 
 
 def plan_fold(model: nn.Module, value: str | None, output: str | None) -> list[tuple]:
-    """Each projection that `fold` changes, and the W^O that takes its W^down. Raises as `fold`."""
+    """Each projection that `fold` changes, and the W^O for its W^down or None. Raises as `fold`."""
     held = [id(x) for m in model.modules() for x in (*m._modules.values(), *m._parameters.values())]
     plan, sharded = [], any(hasattr(part, "reshard") for part in model.modules())  # by FSDP
     for name, part in model.named_modules():
