@@ -77,8 +77,9 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 # The method
 
-# Each kind of knock and its (D, D) matrices.
+# Each kind of knock and its (D, D) matrices; and how each matrix starts (section 3.3).
 KNOCKS = {"none": (), "linear": ("t",), "mlp": ("up", "gate", "down"), "gate": ("gate",)}
+STARTS = {"t": nn.init.eye_, "up": nn.init.eye_, "gate": nn.init.zeros_, "down": nn.init.eye_}
 
 
 class Knock(nn.Module):
@@ -100,8 +101,8 @@ class Knock(nn.Module):
             raise ValueError(f"kind must be one of {', '.join(KNOCKS)}, not {kind!r}")
         self.kind, self.head_dim = kind, head_dim
         for name in KNOCKS[kind]:
-            start = torch.zeros(head_dim, head_dim) if name == "gate" else torch.eye(head_dim)
-            self.register_parameter(name, nn.Parameter(start))
+            matrix = nn.Parameter(torch.empty(head_dim, head_dim))
+            self.register_parameter(name, STARTS[name](matrix))
 
     def forward(self, x: Tensor) -> Tensor:
         """Every head of x (..., H, D) on its own: the same shape."""
@@ -129,9 +130,7 @@ class Heads(nn.Module):
     def absorbed_weight(self, dtype: torch.dtype) -> Tensor:
         """W_i for every head i; with a linear knock W_i T (eq. 8): (H * D, n_in)."""
         weight = self.weight.to(dtype)
-        if self.knock.kind == "linear":
-            weight = absorb(weight, self.knock.t)
-        return weight
+        return absorb(weight, self.knock.t) if self.knock.kind == "linear" else weight
 
     def forward(self, x: Tensor) -> Tensor:
         heads = F.linear(x, self.absorbed_weight(x.dtype))  # (B, T, H * D)
@@ -255,10 +254,8 @@ def init_weights(module: nn.Module, config: Config, aside: torch.Generator | Non
     for name, p in module.named_parameters():
         if "knock." in name and config.knock_init == "random":
             p.normal_(std=len(p) ** -0.5, generator=aside)  # keeps the variance
-        elif name.endswith("knock.gate"):
-            p.zero_()
         elif "knock." in name:
-            nn.init.eye_(p)
+            STARTS[name.split(".")[-1]](p)
         elif p.dim() == 1:  # the norms
             p.fill_(1)
         elif name.endswith(("wo.weight", "w_down", "experts_down")):
@@ -428,7 +425,6 @@ class KnockedLinear(nn.Linear):
 
 def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=slice(None)) -> dict:
     """Put knocks of `kind` (linear or mlp) on projections of a PyTorch model that is not ours.
-
     These are the nn.Linear with names that match the fnmatch `pattern`, such as "*.v_proj". Each
     gets one knock, which its heads of head_dim outputs share; with `rows` only these outputs, such
     as slice(2 * n_embd, 3 * n_embd) for nanoGPT's values. They start as the identity. Returns the
@@ -493,62 +489,65 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
     share, that FSDP has sharded, or that are computed, as pruning and weight norms do."""
     if isinstance(model, Transformer):
         value, output = ("wv", "wo") if model.config.attention == "gqa" else (None, None)
-    held = [id(x) for m in model.modules() for x in (*m._modules.values(), *m._parameters.values())]
-    todo, sharded = [], any(hasattr(part, "reshard") for part in model.modules())  # by FSDP
-    for name, part in model.named_modules():
-        if isinstance(part, Heads):
-            knocks, rows, bias = [part.knock], [(0, len(part.weight))], None
-        elif isinstance(part, KnockedLinear):
-            knocks, rows, bias = part.knocks, part.rows, part.bias
+    for part, wo in plan_fold(model, value, output):  # all checks come before the first change
+        if isinstance(part, Heads) and part.knock.kind == "linear":
+            part.weight.copy_(part.absorbed_weight(part.weight.dtype))
+            part.knock = Knock("none", part.knock.head_dim)
+        elif isinstance(part, Heads):
+            part.weight, part.knock = fold_gate(part.weight, part.knock, wo)
+        elif part.knocks[0].kind == "mlp":  # alone on its projection, as on Heads
+            part.weight, gate = fold_gate(part.weight, part.knocks[0], wo)
+            part.knocks, part.rows = nn.ModuleList([gate]), [(0, len(part.weight))]
         else:
+            for knock, (start, stop) in zip(part.knocks, part.rows, strict=True):
+                part.weight[start:stop] = absorb(part.weight[start:stop], knock.t)
+                if part.bias is not None:  # (x W + b) T = x W T + b T
+                    part.bias[start:stop] = absorb(part.bias[start:stop, None], knock.t)[:, 0]
+            del part.knocks, part.rows
+            part.__class__ = nn.Linear
+    if isinstance(model, Transformer):
+        gone = {field: "none" for field, kind in vars(model.config).items() if kind == "linear"}
+        model.config = replace(model.config, **gone, knock_init="identity")
+    torch.clear_autocast_cache()  # it may hold the old weights
+    return model
+
+
+def plan_fold(model: nn.Module, value: str | None, output: str | None) -> list[tuple]:
+    """Each projection that `fold` changes, and the W^O for its W^down or None. Raises as `fold`."""
+    held = [id(x) for m in model.modules() for x in (*m._modules.values(), *m._parameters.values())]
+    plan, sharded = [], any(hasattr(part, "reshard") for part in model.modules())  # by FSDP
+    for name, part in model.named_modules():
+        if not isinstance(part, Heads | KnockedLinear):
             continue
-        kinds, wo = {knock.kind for knock in knocks}, None
-        if kinds & {"mlp", "gate"} and (bias is not None or rows != [(0, len(part.weight))]):
+        knocks = [part.knock] if isinstance(part, Heads) else part.knocks
+        kinds, wo = {knock.kind for knock in knocks} - {"none", "folded"}, None
+        bias, whole = getattr(part, "bias", None), [(0, len(part.weight))]
+        if kinds - {"linear"} and (bias is not None or getattr(part, "rows", whole) != whole):
             raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias or idle outputs")
-        if kinds & {"mlp", "gate"} and name.split(".")[-1] == value:
+        if "mlp" in kinds and name.split(".")[-1] == value:
             wo = getattr(model.get_submodule(name.rpartition(".")[0]), output or "", None)
             if type(wo) not in (nn.Linear, Linear):
                 raise ValueError(f"{name} has no neighbour {output}, a plain nn.Linear")
-        if kinds - {"none", "folded"}:
-            todo.append((part, knocks, rows, bias, wo))
+        if kinds:
+            plan.append((part, wo))
             changed = (part, part.weight, bias, wo, wo and wo.weight)
             if any(x is not None and held.count(id(x)) > 1 for x in changed):
                 raise ValueError(f"what {name} folds into is shared: give each layer its own copy")
             if sharded or any(type(x) is Tensor for x in changed):
                 raise ValueError(f"what {name} folds into is sharded or computed, not a parameter")
-    if isinstance(model, Transformer):
-        gone = {field: "none" for field, kind in vars(model.config).items() if kind == "linear"}
-        model.config = replace(model.config, **gone)
-    for part, knocks, rows, bias, wo in todo:
-        gate = None
-        for knock, (start, stop) in zip(knocks, rows, strict=True):
-            if knock.kind == "linear":
-                part.weight[start:stop] = absorb(part.weight[start:stop], knock.t)
-                if bias is not None:  # (x W + b) T = x W T + b T
-                    bias[start:stop] = absorb(bias[start:stop, None], knock.t)[:, 0]
-            elif knock.kind != "none":
-                part.weight, gate = fold_gate(part.weight, knock, wo)
-        if isinstance(part, Heads):
-            part.knock = gate or Knock("none", part.knock.head_dim)
-        elif gate:
-            part.knocks, part.rows = nn.ModuleList([gate]), [(0, len(part.weight))]
-        else:
-            del part.knocks, part.rows
-            part.__class__ = nn.Linear
-    torch.clear_autocast_cache()  # it may hold the old weights
-    return model
+    return plan
 
 
 def fold_gate(weight: Tensor, knock: Knock, wo: nn.Module | None) -> tuple[Tensor, FoldedGate]:
-    """`fold` of one mlp or gate knock and its projection (H * D, n_in), W^down into `wo` if given:
-    the projection's new weight (2 * H * D, n_in) and what remains of the knock."""
-    up = absorb(weight, knock.up) if knock.kind == "mlp" else weight
+    """An mlp or gate knock on a weight (H * D, n_in), folded; W^down goes into `wo`, if given.
+    Returns the new weight (2 * H * D, n_in) and what remains of the knock."""
+    up, down = (absorb(weight, knock.up), knock.down) if knock.kind == "mlp" else (weight, None)
     weight = nn.Parameter(torch.cat((up, absorb(weight, knock.gate))), weight.requires_grad)
-    down = knock.down if knock.kind == "mlp" else None
-    if down is not None and wo is not None:
+    if wo is not None:
         heads = wo.weight.unflatten(1, (-1, knock.head_dim))  # (n_out, H, D): (W^O_h)^T
         wo.weight.copy_((heads @ down.mT.to(heads.dtype)).flatten(1))
-    return weight, FoldedGate(knock.head_dim, down if wo is None else None)
+        down = None
+    return weight, FoldedGate(knock.head_dim, down)
 
 
 def check_fields(config, choices: dict, may_be_zero: tuple[str, ...]) -> None:
@@ -570,6 +569,7 @@ def check_config(c: Config) -> None:
     for wrong, message in [
         (c.n_head % c.n_kv_head, "n_head must be a multiple of n_kv_head"),
         (c.head_dim % 2 or c.rope_dim % 2, "head_dim must be even; in gta and mla a multiple of 4"),
+        (knocks == {"none"} and c.knock_init == "random", "without knocks, leave knock_init out"),
         (c.attention == "gta" and c.knock_k != "none", "gta knocks by knock_v: leave knock_k none"),
         (mla and knocks - {"none", "linear"}, "mla takes linear knocks only: set knock_v linear"),
         (mla and (c.kv_rank == 0 or c.kv_rank % c.n_kv_head),

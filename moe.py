@@ -116,11 +116,11 @@ class MoE(nn.Module):
         experts = torch.arange(self.n_expert, dtype=sorted_expert.dtype, device=x.device)
         ends = torch.searchsorted(sorted_expert, experts, right=True)  # (E,): where each one ends
         if self.training:
-            self.load.add_(ends.diff(prepend=ends.new_zeros(1)))
+            self.load.add_(ends.diff(prepend=ends.new_zeros(1)))  # (E,): how many each one has
 
         h = x.repeat_interleave(self.top_k, dim=0)  # (N*K, C), a row for each slot
-        h = Permute.apply(h, order, inverse)
-        ends = ends.to(torch.int32)
+        h = Permute.apply(h, order, inverse)  # (N*K, C), expert by expert
+        ends = ends.to(torch.int32)  # grouped_mm takes no other
         h = swiglu(F.grouped_mm(h, self.experts_up.to(x.dtype), offs=ends))  # (N*K, F)
         # The weights come in here and not at the end: F is smaller than C.
         h = (h * Permute.apply(weights.flatten(), order, inverse)[:, None]).to(x.dtype)

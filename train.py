@@ -183,9 +183,9 @@ def update(
     loss = torch.zeros((), device=micros.device)
     for i, rows in enumerate(micros):
         with synchronising(wrapped, i == len(micros) - 1):
-            part = wrapped(rows[:, :-1], rows[:, 1:]) / len(micros)
-            part.backward()
-        loss += part.detach()
+            share = wrapped(rows[:, :-1], rows[:, 1:]) / len(micros)
+            share.backward()
+        loss += share.detach()
     loss = sum_over_processes(loss) / n_processes()
     grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip))
     finite = loss.isfinite() & grad_norm.isfinite()

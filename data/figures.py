@@ -57,7 +57,7 @@ def flops_per_token(model: Transformer, length: int) -> int:
     meets a knock's weights once in each head. An embedding that is not the output's weight is only
     read, which costs nothing.
     """
-    c, again = model.config, 0
+    c, again = model.config, 0  # again: knocks' weights, for every head after the first
     for part in model.modules():
         if isinstance(part, Heads):
             n_head = len(part.weight) // part.knock.head_dim

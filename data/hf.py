@@ -10,7 +10,6 @@ This needs the optional package safetensors, and never transformers itself.
 """
 
 import copy
-import dataclasses
 import json
 import os
 import shutil
@@ -232,7 +231,7 @@ def import_hf(folder: str, **changes) -> Transformer:
         fields = {our: hf[theirs] for our, theirs in HF_SIZES.items()}
         fields["tie_embeddings"] = hf.get("tie_word_embeddings", False)
         fields["rope_base"] = float(rope.get("rope_theta") or hf.get("rope_theta", 10000.0))
-        config, own = Config(**{**fields, **changes}), Config(**fields)
+        config, own = Config(**{**fields, **changes}), Config(**fields, knock_v="none")
         for field, value in changes.items():
             if field not in MAY_CHANGE and value != getattr(own, field):
                 raise ValueError(f"--{field} {value} does not fit {folder}, which has"
@@ -246,10 +245,9 @@ def import_hf(folder: str, **changes) -> Transformer:
             theirs |= safetensors.torch.load_file(os.path.join(folder, file))
         if config.tie_embeddings:
             check_head(folder, theirs)
-        plain = dataclasses.replace(config, knock_q="none", knock_k="none", knock_v="none")
         weights = {
             our: torch.cat([theirs.pop(name) for name in names]).float()
-            for our, names in hf_names(plain).items()
+            for our, names in hf_names(own).items()
         }
         if theirs:
             raise ValueError(f"cannot import {folder}: ours has no place for {min(theirs)}")

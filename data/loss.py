@@ -15,12 +15,12 @@ def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, dw):
     """The summed cross-entropy of tokens x (N, C) with W (V, C) and targets (N,); its gradient with
     respect to x; and dw, float32, plus that with respect to W. Without dw (None) only the loss."""
     logits = upcast(F.linear(x, weight))  # (N, V)
-    total = logits.logsumexp(-1, keepdim=True)
-    loss = (total - logits.gather(-1, targets[:, None])).sum()
+    log_sum = logits.logsumexp(-1, keepdim=True)  # (N, 1)
+    loss = (log_sum - logits.gather(-1, targets[:, None])).sum()
     if dw is None:
         return loss, None, None
-    is_target = torch.arange(len(weight), device=x.device) == targets[:, None]
-    d_logits = ((logits - total).exp() - is_target.to(logits.dtype)).to(x.dtype)
+    is_target = torch.arange(len(weight), device=x.device) == targets[:, None]  # (N, V)
+    d_logits = ((logits - log_sum).exp() - is_target.to(logits.dtype)).to(x.dtype)  # (N, V)
     return loss, d_logits @ weight, dw + d_logits.mT @ x
 
 

@@ -424,9 +424,8 @@ def test_a_folded_model_folds_again_to_itself():
 
 def test_what_a_fold_leaves():
     """Linear knocks leave a plain model. An MLP on the value leaves a projection twice as wide."""
-    linear = fold(
-        Transformer(Config(**SMALL | dict(knock_q="linear", knock_k="linear", knock_v="linear")))
-    )
+    knocks = dict(knock_q="linear", knock_k="linear", knock_v="linear", knock_init="random")
+    linear = fold(Transformer(Config(**SMALL, **knocks)))
     plain = Transformer(Config(**SMALL | dict(knock_v="none")))
     assert linear.config == plain.config
     plain.load_state_dict(linear.state_dict())
@@ -444,6 +443,7 @@ def test_what_a_fold_leaves():
     [
         (dict(n_head=6, n_kv_head=4), "n_head must be a multiple of n_kv_head"),
         (dict(head_dim=7), "head_dim must be even"),
+        (dict(knock_v="none", knock_init="random"), "without knocks, leave knock_init out"),
         (dict(knock_v="lnear"), "knock_v must be one of none, linear, mlp, gate"),
         (dict(attention="mla", kv_rank=16), "mla takes linear knocks only"),
         (dict(attention="mla", knock_v="linear"), "mla needs a kv_rank"),
