@@ -151,8 +151,12 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
     encoding = load_tokenizer(tokenizer)
     key = "text" if field is None else field
     target.parent.mkdir(parents=True, exist_ok=True)
-    # so that a kill cleans up as an interrupt does
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # so that a kill and a closed terminal clean up as an interrupt does
+    numbers = [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         with (
             naming(out),
@@ -184,7 +188,8 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
             verify_tokens(str(work))
             publish(work, target)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return meta
 
 

@@ -12,6 +12,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -837,6 +838,31 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepare([str(tmp_path / "in")], str(tmp_path / "out"))
     assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_kill_and_a_closed_terminal_leave_nothing(name, tmp_path, monkeypatch):
+    write_texts(tmp_path / "in", range(100))
+    number, split = getattr(signal, name), module.split_tokens
+
+    def split_later(*args):
+        signal.raise_signal(number)
+        return split(*args)
+
+    monkeypatch.setattr(module, "split_tokens", split_later)
+    before = signal.signal(number, lambda *_: None)  # this test must outlive the signal
+    try:
+        own = signal.getsignal(number)
+        with pytest.raises(SystemExit) as end:
+            prepare([str(tmp_path / "in")], str(tmp_path / "out"))
+        assert end.value.code == 128 + number
+        assert os.listdir(tmp_path) == ["in"]
+        assert signal.getsignal(number) is own
+        signal.signal(number, signal.SIG_IGN)  # as nohup does with SIGHUP
+        prepare([str(tmp_path / "in")], str(tmp_path / "out"))
+        assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".txt.gz", ".txt.zst", ".parquet"])
