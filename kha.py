@@ -569,7 +569,7 @@ def check_config(c: Config) -> None:
     for wrong, message in [
         (c.n_head % c.n_kv_head, "n_head must be a multiple of n_kv_head"),
         (c.head_dim % 2 or c.rope_dim % 2, "head_dim must be even; in gta and mla a multiple of 4"),
-        (knocks == {"none"} and c.knock_init == "random", "without knocks, leave knock_init out"),
+        (knocks == {"none"} and c.knock_init == "random", "without knocks set knock_init identity"),
         (c.attention == "gta" and c.knock_k != "none", "gta knocks by knock_v: leave knock_k none"),
         (mla and knocks - {"none", "linear"}, "mla takes linear knocks only: set knock_v linear"),
         (mla and (c.kv_rank == 0 or c.kv_rank % c.n_kv_head),

@@ -577,6 +577,10 @@ def main(argv: list[str]) -> None:
     if not args.minutes > 0:
         raise ValueError(f"--minutes must be above 0, not {args.minutes:g}")
     if args.study == "plot":
+        ignored = vars(args).keys() - {"study", "folders"}
+        for option in sorted(ignored):
+            if getattr(args, option) != parser.get_default(option):
+                raise ValueError(f"plot takes folders alone: leave out --{option}")
         draw_runs(args.folders)
     elif args.table:
         print(report(args.study, STUDIES[args.study], read_results(args.results)), end="")

@@ -443,7 +443,7 @@ def test_what_a_fold_leaves():
     [
         (dict(n_head=6, n_kv_head=4), "n_head must be a multiple of n_kv_head"),
         (dict(head_dim=7), "head_dim must be even"),
-        (dict(knock_v="none", knock_init="random"), "without knocks, leave knock_init out"),
+        (dict(knock_v="none", knock_init="random"), "without knocks set knock_init identity"),
         (dict(knock_v="lnear"), "knock_v must be one of none, linear, mlp, gate"),
         (dict(attention="mla", kv_rank=16), "mla takes linear knocks only"),
         (dict(attention="mla", knock_v="linear"), "mla needs a kv_rank"),
