@@ -25,7 +25,6 @@ import argparse
 import json
 import os
 import platform
-import signal
 import sys
 import tempfile
 from array import array
@@ -52,7 +51,7 @@ from data.documents import (
     find_sources,
     read_documents,
 )
-from data.script import naming, parse_args, run_script, sync
+from data.script import handling, naming, parse_args, run_script, sync
 from data.split import SEQUENCE, split_tokens
 from data.tokens import (
     SPLITS,
@@ -151,45 +150,37 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
     encoding = load_tokenizer(tokenizer)
     key = "text" if field is None else field
     target.parent.mkdir(parents=True, exist_ok=True)
-    # so that a kill and a closed terminal clean up as an interrupt does
-    numbers = [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        with (
-            naming(out),
-            tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp-", dir=target.parent) as folder,
-        ):
-            work, downloads = Path(folder, "tokens"), Path(folder, "downloads")
-            work.mkdir()  # others may read it, unlike the folder around it
-            downloads.mkdir()
-            sources = find_sources(inputs, key, downloads)
-            if field is not None and all(source.rows is None for source in sources):
-                raise ValueError(f"--field {field} is for rows, and no INPUT has any: leave it out")
-            digests, left_out = array("Q"), LeftOut()
-            documents = drop_duplicates(read_documents(sources, key, left_out), digests, left_out)
-            total = sum(source.path.stat().st_size for source in sources if source.path)
-            ends = write_tokens(work / "train.bin", documents, encoding, workers, total)
-            if not digests:
-                raise ValueError(f"no text: {left_out.skipped_files:,} files in folders were "
-                                 f"skipped, {left_out.dropped_documents:,} documents are empty: "
-                                 "name other files or, for rows, another --field")
-            splits = split_tokens(work, ends, np.frombuffer(digests, np.uint64), val_fraction,
-                                  encoding)
-            stdlib = f"the standard library of Python {platform.python_version()}"
-            meta = {**keep_tokenizer(encoding, work), "vocab_size": encoding.n_vocab,
-                    "eot": encoding.eot_token, "dtype": token_dtype(encoding).name,
-                    "sources": inputs or [stdlib], "val_fraction": val_fraction,
-                    "skipped_files": left_out.skipped_files, "skipped_rows": left_out.skipped_rows,
-                    "dropped_documents": left_out.dropped_documents, **splits}
-            (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-            verify_tokens(str(work))
-            publish(work, target)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with (
+        # A kill and a closed terminal clean up as Ctrl-C does.
+        handling(lambda number, _: sys.exit(128 + number), "SIGTERM", "SIGHUP"),
+        naming(out),
+        tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp-", dir=target.parent) as folder,
+    ):
+        work, downloads = Path(folder, "tokens"), Path(folder, "downloads")
+        work.mkdir()  # others may read it, unlike the folder around it
+        downloads.mkdir()
+        sources = find_sources(inputs, key, downloads)
+        if field is not None and all(source.rows is None for source in sources):
+            raise ValueError(f"--field {field} is for rows, and no INPUT has any: leave it out")
+        digests, left_out = array("Q"), LeftOut()
+        documents = drop_duplicates(read_documents(sources, key, left_out), digests, left_out)
+        total = sum(source.path.stat().st_size for source in sources if source.path)
+        ends = write_tokens(work / "train.bin", documents, encoding, workers, total)
+        if not digests:
+            raise ValueError(f"no text: {left_out.skipped_files:,} files in folders were "
+                             f"skipped, {left_out.dropped_documents:,} documents are empty: "
+                             "name other files or, for rows, another --field")
+        hashes = np.frombuffer(digests, np.uint64)
+        splits = split_tokens(work, ends, hashes, val_fraction, encoding)
+        stdlib = f"the standard library of Python {platform.python_version()}"
+        meta = {**keep_tokenizer(encoding, work), "vocab_size": encoding.n_vocab,
+                "eot": encoding.eot_token, "dtype": token_dtype(encoding).name,
+                "sources": inputs or [stdlib], "val_fraction": val_fraction,
+                "skipped_files": left_out.skipped_files, "skipped_rows": left_out.skipped_rows,
+                "dropped_documents": left_out.dropped_documents, **splits}
+        (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        verify_tokens(str(work))
+        publish(work, target)
     return meta
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NoReturn
 
 
@@ -114,7 +114,23 @@ def sync(path: str | os.PathLike) -> None:
         os.fsync(file.fileno())
 
 
-class Signals:
+@contextmanager
+def handling(receive: Callable, *names: str) -> Iterator[None]:
+    """A context in which `receive(number, frame)` gets the signals of these names, such as SIGHUP.
+    A signal that is ignored stays ignored, because nohup ignores SIGHUP on purpose."""
+    before = {}
+    for name in names:
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, receive)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Signals(ExitStack):
     """A context in which SIGTERM, Ctrl-C and SIGHUP (a closed terminal) only set `came`.
 
     A second one ends the process at once. Within a second of the first it is an echo: a scheduler
@@ -123,12 +139,8 @@ class Signals:
 
     def __enter__(self):
         self.first = None
-        numbers = [signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)]
-        self.before = {number: signal.getsignal(number) for number in numbers}
-        for number, handler in self.before.items():
-            if handler != signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
-                signal.signal(number, self.receive)
-        return self
+        self.enter_context(handling(self.receive, "SIGTERM", "SIGINT", "SIGHUP"))
+        return super().__enter__()
 
     def receive(self, number: int, _) -> None:
         now = time.monotonic()
@@ -140,7 +152,3 @@ class Signals:
     @property
     def came(self) -> bool:
         return self.first is not None
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

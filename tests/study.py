@@ -48,7 +48,7 @@ from data.checkpoint import list_checkpoints
 from data.documents import find_files
 from data.log import MAX_SKIPPED
 from data.prepare import prepare
-from data.script import parse_args, run_script
+from data.script import handling, parse_args, run_script
 from data.tokens import load_meta
 from tests.peers import ROOT, missing, split_command
 from tests.report import (
@@ -468,33 +468,29 @@ class Runner:
     def work(self) -> int:
         """Run until all is done, time is up or a signal comes. Returns the exit code."""
         signals, told = [], 0
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {n: signal.signal(n, lambda n, _: signals.append(n)) for n in numbers}
         total = sum(job.tokens(job.settings["steps"]) for job in self.jobs)
         bar = tqdm(total=total, initial=self.tokens_done(), unit="tok", unit_scale=True,
                    smoothing=0, dynamic_ncols=True, disable=None)
-        try:
-            while True:
-                stops = len(signals) or int(time.monotonic() > self.deadline)
-                if stops > told:
-                    self.stop()
-                    told = stops
-                for device in self.devices:
-                    if device not in self.running and not stops:
-                        self.start_next(device)
-                if not self.running:
-                    break
-                time.sleep(0.5)
-                for device, job in list(self.running.items()):
-                    if job.process.poll() is not None:
-                        bar.write(self.take_in(device))
-                        sys.stdout.flush()
-                bar.update(self.tokens_done() - bar.n)
-        finally:
-            self.stop()  # nothing runs now, except after an error
-            bar.close()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with handling(lambda number, _: signals.append(number), "SIGTERM", "SIGINT"), bar:
+            try:
+                while True:
+                    stops = len(signals) or int(time.monotonic() > self.deadline)
+                    if stops > told:
+                        self.stop()
+                        told = stops
+                    for device in self.devices:
+                        if device not in self.running and not stops:
+                            self.start_next(device)
+                    if not self.running:
+                        break
+                    time.sleep(0.5)
+                    for device, job in list(self.running.items()):
+                        if job.process.poll() is not None:
+                            bar.write(self.take_in(device))
+                            sys.stdout.flush()
+                    bar.update(self.tokens_done() - bar.n)
+            finally:
+                self.stop()  # nothing runs now, except after an error
         n_done = len({job.run.command for job in self.jobs} & self.finished())
         print(f"{self.name}: {n_done} of {len(self.jobs)} runs are done, {self.n_failed} failed")
         if signals:
