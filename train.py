@@ -401,7 +401,7 @@ def main(argv: list[str]) -> None:
             if can_graph and step == start + 1:
                 step_once = graphed(step_once, micros)
             numbers = step_once(micros)
-            waiting.append((done, lr, to_cpu(numbers, signals.came or bool(saver.error))))
+            waiting.append((done, lr, to_cpu(numbers, signals.came or saver.failed)))
             micros = draw(done)  # while the device computes
 
             evaluates = last or done % train.eval_every == 0

@@ -21,10 +21,9 @@ import os
 import pickle
 import shutil
 import sys
-import threading
 import zipfile
 import zlib
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import torch
@@ -90,7 +89,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
 class Saver:
     """Writes a run's checkpoints in a thread, while training goes on. As a context it ends when all
     is on the disk. `start` is the step after which the run goes on, 0 for a new run, and `held_out`
-    the number of held-out tokens. `error` is the thread's, until `wait` raises it.
+    the number of held-out tokens.
 
     A checkpoint stays in memory, and the next one is copied into it. Training waits for this copy,
     and into new memory it takes ten times as long. With a `model` the thread makes that memory
@@ -98,35 +97,24 @@ class Saver:
     """
 
     def __init__(self, folder: str, start: int, held_out: int, model: nn.Module | None = None):
-        self.folder, self.held_out = folder, held_out
-        self.thread, self.error, self.memory = None, None, None
+        self.folder, self.held_out, self.memory = folder, held_out, None
         self.best = None if start else math.inf  # held-out loss of best.pt; None: not yet read
+        self.thread, self.work = ThreadPoolExecutor(1), None
         if model is not None:
             weights = sharded.get_model_state_dict(model)
-            self.begin(self.reserve, {name: (w.shape, w.dtype) for name, w in weights.items()})
+            shapes = {name: (w.shape, w.dtype) for name, w in weights.items()}
+            self.work = self.thread.submit(self.reserve, shapes)
 
     def collect(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-        """What `collect` gives, as soon as the checkpoint before is on the disk."""
+        """The function `collect`, after the checkpoint before is on the disk. Raises its error."""
         self.wait()
         self.memory = collect(model, optimizer, self.memory)
         return self.memory
 
     def save(self, checkpoint: dict) -> None:
-        """Start to write a checkpoint. Waits for the one before; raises its error if it failed."""
+        """Start to write a checkpoint, after the one before is on the disk. Raises its error."""
         self.wait()
-        self.begin(self.write, checkpoint)
-
-    def begin(self, work: Callable[[dict], None], what: dict) -> None:
-        """Do some work in a thread. The next `wait` raises its error."""
-
-        def run() -> None:
-            try:
-                work(what)
-            except Exception as error:
-                self.error = error
-
-        self.thread = threading.Thread(target=run)
-        self.thread.start()
+        self.work = self.thread.submit(self.write, checkpoint)
 
     def reserve(self, weights: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
         """Make the memory for weights and AdamW's moments. Zeros are written to it, because the
@@ -154,20 +142,21 @@ class Saver:
     def wait(self) -> None:
         """Wait until all is on the disk. Raises OSError if a checkpoint could not be written, or if
         there is too little memory for it."""
-        if self.thread:
-            self.thread.join()
-        self.thread, error, self.error = None, self.error, None
-        if error:
-            raise error
+        if self.work:
+            self.work.result()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the thread has ended with an error, which `wait` raises."""
+        return bool(self.work and self.work.done() and self.work.exception())
 
     def __enter__(self):
         return self
 
     def __exit__(self, error: type | None, *_) -> None:
-        if error is None:
+        self.thread.shutdown()  # it waits
+        if error is None:  # else that error is the one to show
             self.wait()
-        elif self.thread:  # that error is the one to show
-            self.thread.join()
 
 
 def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
