@@ -24,7 +24,7 @@ import sys
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -77,13 +77,13 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
     sharded.set_model_state_dict(model, checkpoint["model"], options=options)
     if "optimizer" not in checkpoint:
         return
-    settings = [dict(group, params=None) for group in optimizer.param_groups]
+    settings = [dict(group) for group in optimizer.param_groups]
     state = checkpoint["optimizer"]
     if next(model.parameters()).device.type == "cpu":
         state = copy(state)  # torch would keep these tensors, and with them the file they are in
     sharded.set_optimizer_state_dict(model, optimizer, state, options=options)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update({key: value for key, value in own.items() if key != "params"})
+        group.update(own)
 
 
 class Saver:
@@ -175,7 +175,12 @@ def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
         torch.save(checkpoint, temporary)
         sync(temporary)
         if best:
-            keep_as_best(temporary, second)
+            try:
+                os.link(temporary, second)  # another name of the file, which costs no space
+            except OSError:  # some disks have one name for each file
+                shutil.copyfile(temporary, second)
+                sync(second)
+            os.replace(second, os.path.join(folder, "best.pt"))
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         remove(temporary, second)
         reason = str(error).split("\n")[0]
@@ -207,22 +212,10 @@ def sync_names(folder: str) -> None:
         os.close(entries)
 
 
-def keep_as_best(path: str, second: str) -> None:
-    """Make best.pt, beside `second`, the content of a file, which gets `second` as another name
-    first. That costs no space; some disks need a copy."""
-    try:
-        os.link(path, second)
-    except OSError:
-        shutil.copyfile(path, second)
-        sync(second)
-    os.replace(second, os.path.join(os.path.dirname(second), "best.pt"))
-
-
 def remove(*paths: str) -> None:
     """Remove those of the files that are there."""
     for path in paths:
-        with suppress(FileNotFoundError):
-            os.remove(path)
+        Path(path).unlink(missing_ok=True)
 
 
 def best_loss(folder: str, eval_tokens: int, held_out: int) -> float:
