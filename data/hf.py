@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import types
-import uuid
 from pathlib import Path
 
 import tiktoken
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 from data.figures import knocks_of
-from data.script import sync
+from data.script import is_taken, new_folder
 from data.tokenizer_json import END, to_json
 from data.tokens import TOKENIZER_FILE
 from kha import Config, Transformer, fold, init_weights
@@ -107,25 +106,19 @@ def export_hf(model: Transformer, folder: str, tokenizer: tiktoken.Encoding) -> 
         raise ValueError(f"cannot export attention={c.attention}: transformers has gqa only")
     if c.n_expert == 1:
         raise ValueError("cannot export a mixture of 1 expert: Glm4MoeForCausalLM needs 2 or more")
-    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+    if is_taken(folder):
         raise ValueError(f"{folder} exists and is not an empty folder: name another")
     safetensors = import_safetensors()
     weights, texts = export_weights(model), export_texts(model, tokenizer)
-    temporary = f"{os.path.normpath(folder)}.tmp-{uuid.uuid4().hex[:8]}"
     try:
-        os.makedirs(temporary)
-        for name, text in texts.items():
-            Path(temporary, name).write_text(text, encoding="utf-8")
-        file = Path(temporary, "model.safetensors")
-        safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
-        shutil.copymode(Path(temporary, "config.json"), file)  # safetensors makes it private
-        for path in Path(temporary).iterdir():
-            sync(path)  # the folder must not appear before what is in it
-        os.replace(temporary, folder)
+        with new_folder(folder) as new:
+            for name, text in texts.items():
+                (new / name).write_text(text, encoding="utf-8")
+            file = new / "model.safetensors"
+            safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+            shutil.copymode(new / "config.json", file)  # safetensors makes it private
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export_weights(model: Transformer) -> dict[str, torch.Tensor]:

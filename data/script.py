@@ -8,9 +8,11 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -128,6 +130,37 @@ def handling(receive: Callable, *names: str) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_taken(path: str | os.PathLike) -> bool:
+    """Whether there is something at `path`, other than an empty folder."""
+    return os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path))
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A context with an empty folder to fill. At the end it is brought to the disk and gets the
+    name `path`. After an error, Ctrl-C, a kill or a closed terminal nothing is left of it, nor of
+    what was put beside it. Raises FileExistsError if `path` is taken by then."""
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        handling(lambda number, _: sys.exit(128 + number), "SIGTERM", "SIGHUP"),
+        tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp-", dir=target.parent) as around,
+    ):
+        folder = Path(around, "new")
+        folder.mkdir()  # others may read it, unlike the folder around it
+        yield folder
+        for file in folder.iterdir():
+            sync(file)  # the folder must not appear before its content is on the disk
+        try:
+            os.rename(folder, target)
+        except OSError as error:
+            if not is_taken(target):
+                raise
+            raise FileExistsError(
+                f"{path} has appeared meanwhile, and is something else: choose another folder"
+            ) from error
 
 
 class Signals(ExitStack):
