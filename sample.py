@@ -132,6 +132,8 @@ def generate(
         )
     if min(n_samples, max_new_tokens) < 1:
         raise ValueError("n_samples and max_new_tokens must be at least 1")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be from -2^63 to 2^64 - 1, not {seed}")
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(
             "temperature and top_k must not be negative, and top_p must be above 0 and at most 1"

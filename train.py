@@ -124,8 +124,6 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     name, resume = given.pop("config"), given.pop("resume")
     shape = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}
     settings = {"out": f"out/{name}", **RECIPES[name], **given}
-    if empty := [field for field in ("out", "init") if settings.get(field) == ""]:
-        raise ValueError(f"--{empty[0]} is empty: name a folder")
     if not resume:
         check_new(settings["out"])
     elif saved := list_to_resume(settings["out"]):

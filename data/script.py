@@ -67,6 +67,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Nam
             raise ValueError(f"unknown option {option}: {nearest(option, options, 'see --help')}")
     args = parser.parse_intermixed_args(argv)
     for name, value in vars(args).items():
+        if value == "" and name not in ("prompt", "field"):
+            raise ValueError(f"--{name} is empty: give it a value, or leave it out")
         # Python marks bytes that are not UTF-8 so. torch cannot read a file of such a name, and a
         # tokenizer would change such a prompt.
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):

@@ -950,6 +950,8 @@ def test_an_unreadable_file(tmp_path):
     (["none[1].txt", "--out", "out"], ["no such input: 'none[1].txt'", "pattern"]),
     (["--verify", "full", "--out", "out"], ["--verify FOLDER", "nothing else"]),
     (["--verify", "full"], ["no prepared data in full"]),
+    (["--verify", ""], ["--verify is empty: give it a value, or leave it out"]),
+    (["a.txt", "--out", ""], ["--out is empty: give it a value, or leave it out"]),
     (["a.txt"], ["--out"]),
     (["a.txt", "--otu", "out"], ["unknown option --otu: did you mean --out?"]),
     (["a.txt", "--tokenzier=byte"], ["unknown option --tokenzier: did you mean --tokenizer?"]),
