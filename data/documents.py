@@ -45,7 +45,7 @@ def find_sources(inputs: list[str], field: str, downloads: Path) -> list[Source]
         root = sysconfig.get_paths()["stdlib"]
         excluded = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
         paths = [path for path in find_files(root, excluded) if path.suffix == ".py"]
-        return [Source(str(path), path, None, found=True) for path in paths]
+        return [open_source(str(path), path, field, found=True) for path in paths]
     sources = []
     for text in inputs:
         if text.startswith("hf:"):
@@ -53,16 +53,14 @@ def find_sources(inputs: list[str], field: str, downloads: Path) -> list[Source]
         elif text.lower().startswith(("http://", "https://")):
             path = downloads / f"{len(sources)}-{Path(urlsplit(text).path).name[-100:]}"
             download(text, path)
-            sources.append(Source(text, path, open_rows(text, path, field)))
+            sources.append(open_source(text, path, field))
         elif os.path.isfile(text):
-            sources.append(Source(text, Path(text), open_rows(text, Path(text), field)))
+            sources.append(open_source(text, Path(text), field))
         elif os.path.isdir(text):
             paths = list(find_files(text))
             if not paths:
                 raise FileNotFoundError(f"no files in {text}")
-            for path in paths:
-                rows = open_rows(str(path), path, field)
-                sources.append(Source(str(path), path, rows, found=True))
+            sources += [open_source(str(path), path, field, found=True) for path in paths]
         else:
             advice = "give a file, a folder, a URL or hf:NAME"
             if any(character in text for character in "*?["):
@@ -82,11 +80,11 @@ def find_files(root: str, excluded: Iterable[str] = ()) -> Iterator[Path]:
 
     walked = set()
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in walked:
+        real = os.path.realpath(folder)
+        if real in walked:
             folders.clear()
             continue
-        walked.add((status.st_dev, status.st_ino))
+        walked.add(real)
         # os.walk descends into what is left in `folders`, in this order
         folders[:] = sorted(name for name in folders if name[0] != "." and name not in excluded)
         for path in (Path(folder, name) for name in sorted(files) if name[0] != "."):
@@ -166,17 +164,19 @@ def read_pieces(stream: BinaryIO) -> Iterator[bytes]:
         yield rest
 
 
-def open_rows(name: str, path: Path, field: str) -> Iterator[tuple[int, Any]] | None:
-    """The numbered rows of a file, as the ending of its name says; None if it is plain text."""
-    ending = path.name.lower()
+def open_source(name: str, path: Path, field: str, found: bool = False) -> Source:
+    """The source that a file is. The ending of its name says whether it has rows, and which."""
+    ending, rows = path.name.lower(), None
     kind = Path(ending.removesuffix(".gz").removesuffix(".zst")).suffix
     if kind == ".parquet" or ending.endswith(".zst"):
         import_optional("pyarrow.parquet", name)  # now, not when it is read after hours
     if kind in (".jsonl", ".ndjson", ".json"):
-        return read_jsonl(path)
-    if kind == ".csv":
-        return read_csv(path)
-    return read_parquet(path, field) if kind == ".parquet" else None
+        rows = read_jsonl(path)
+    elif kind == ".csv":
+        rows = read_csv(path)
+    elif kind == ".parquet":
+        rows = read_parquet(path, field)
+    return Source(name, path, rows, found)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
