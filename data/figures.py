@@ -20,8 +20,8 @@ def of_gpu(table: dict[str, float], gpu: str) -> float | None:
 
 def knocks_of(model: nn.Module) -> dict[str, Knock]:
     """Every knock of a model that does something, by its name, such as blocks.0.attn.wv.knock."""
-    knocks = {name: part for name, part in model.named_modules() if isinstance(part, Knock)}
-    return {name: knock for name, knock in knocks.items() if knock.kind != "none"}
+    parts = model.named_modules()
+    return {name: p for name, p in parts if isinstance(p, Knock) and p.kind != "none"}
 
 
 @torch.no_grad()

@@ -237,7 +237,10 @@ def import_hf(folder: str, **changes) -> Transformer:
         for file in files:
             theirs |= safetensors.torch.load_file(os.path.join(folder, file))
         if config.tie_embeddings:
-            check_head(folder, theirs)
+            embedding = theirs["model.embed_tokens.weight"]
+            if not torch.equal(theirs.pop("lm_head.weight", embedding), embedding):
+                raise ValueError(f"cannot import {folder}: its lm_head.weight is not its embedding,"
+                                 " as its config.json says: set tie_word_embeddings there to false")
         weights = {
             our: torch.cat([theirs.pop(name) for name in names]).float()
             for our, names in hf_names(own).items()
@@ -271,14 +274,3 @@ def start_from_hf(folder: str, changes: dict) -> tuple[Config, dict]:
     # The run draws random knocks itself, from its seed and the same in all its processes.
     weights = {name: w for name, w in model.state_dict().items() if ".knock." not in name}
     return model.config, {"model": weights, "step": 0, "tokenizer": tokenizer}
-
-
-def check_head(folder: str, weights: dict[str, torch.Tensor]) -> None:
-    """Take lm_head.weight out of the weights of a model that says that it is the embedding. Raises
-    ValueError if it is not."""
-    embedding = weights["model.embed_tokens.weight"]
-    if not torch.equal(weights.pop("lm_head.weight", embedding), embedding):
-        raise ValueError(
-            f"cannot import {folder}: its lm_head.weight is not its embedding, as its config.json"
-            " says: set tie_word_embeddings there to false"
-        )
