@@ -3,7 +3,6 @@
 import csv
 import gzip
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -16,13 +15,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from data.script import naming
+from data.script import import_optional, naming
 
 # Bytes of text read, tokenised and held per worker at a time. tiktoken fails at a million spaces.
 PIECE = 1 << 19
@@ -110,7 +108,7 @@ def download(url: str, path: Path) -> None:
 
 def open_dataset(spec: str) -> Iterator[tuple[int, dict]]:
     """The rows of hf:NAME or hf:NAME:CONFIG, streamed. Raises ValueError if that fails."""
-    datasets = import_optional("datasets", spec)
+    datasets = import_optional("datasets", spec, extra="datasets")
     name, _, config = spec.removeprefix("hf:").partition(":")
     if not name.strip("/"):
         raise ValueError(f"{spec} names no data set: write hf:NAME or hf:NAME:CONFIG")
@@ -126,14 +124,6 @@ def open_dataset(spec: str) -> Iterator[tuple[int, dict]]:
     return chain(list(islice(rows, 1)), rows)  # the first row at once: most errors come with it
 
 
-def import_optional(module: str, name: str) -> ModuleType:
-    """Import `module`, which the input `name` needs. Raises ValueError if it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"{name} needs the package {module}: pip install '.[datasets]'") from error
-
-
 # ---- files, as pieces of text or as rows
 
 
@@ -142,7 +132,8 @@ def open_file(path: Path) -> BinaryIO:
     if path.name.lower().endswith(".gz"):
         return gzip.open(path)
     if path.name.lower().endswith(".zst"):
-        pyarrow = import_optional("pyarrow", path.name)
+        import pyarrow
+
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
     return open(path, "rb")
 
@@ -169,7 +160,8 @@ def open_source(name: str, path: Path, field: str, found: bool = False) -> Sourc
     ending, rows = path.name.lower(), None
     kind = Path(ending.removesuffix(".gz").removesuffix(".zst")).suffix
     if kind == ".parquet" or ending.endswith(".zst"):
-        import_optional("pyarrow.parquet", name)  # now, not when it is read after hours
+        # Now, not when it is read after hours.
+        import_optional("pyarrow.parquet", name, extra="datasets")
     if kind in (".jsonl", ".ndjson", ".json"):
         rows = read_jsonl(path)
     elif kind == ".csv":

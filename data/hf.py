@@ -13,7 +13,6 @@ import copy
 import json
 import os
 import shutil
-import types
 from pathlib import Path
 
 import tiktoken
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 
 from data.figures import knocks_of
-from data.script import is_taken, new_folder
+from data.script import import_optional, is_taken, new_folder
 from data.tokenizer_json import END, to_json
 from data.tokens import TOKENIZER_FILE
 from kha import Config, Transformer, fold, init_weights
@@ -80,15 +79,6 @@ def hf_names(config: Config) -> dict[str, list[str]]:
     return names
 
 
-def import_safetensors() -> types.ModuleType:
-    """The package safetensors. Raises ValueError if it is not installed."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ValueError("this needs the package safetensors: pip install '.[hf]'") from error
-    return safetensors
-
-
 # --------------------------------------------------------------------------------------------------
 # Export
 
@@ -108,7 +98,9 @@ def export_hf(model: Transformer, folder: str, tokenizer: tiktoken.Encoding) -> 
         raise ValueError("cannot export a mixture of 1 expert: Glm4MoeForCausalLM needs 2 or more")
     if is_taken(folder):
         raise ValueError(f"{folder} exists and is not an empty folder: name another")
-    safetensors = import_safetensors()
+    import_optional("safetensors.torch", "this", extra="hf")
+    import safetensors.torch
+
     weights, texts = export_weights(model), export_texts(model, tokenizer)
     try:
         with new_folder(folder) as new:
@@ -206,7 +198,9 @@ def import_hf(folder: str, **changes) -> Transformer:
     Raises ValueError for a model that is not Qwen3, has what ours has not, or is damaged, and for
     changes that its weights do not fit; OSError for a missing file.
     """
-    safetensors = import_safetensors()
+    import_optional("safetensors.torch", "this", extra="hf")
+    import safetensors.torch
+
     try:
         hf = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # as transformers does

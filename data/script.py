@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import importlib
 import inspect
 import os
 import re
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 
@@ -110,6 +112,16 @@ def add_fields(
                 text += f" (default: {field.default}{own})"
             group.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **how)
     return parser
+
+
+def import_optional(module: str, what: str, extra: str) -> ModuleType:
+    """Import a module that `what` needs. Raises ValueError if its package is not installed, which
+    comes with `extra` of pyproject.toml."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise ValueError(f"{what} needs the package {package}: pip install '.[{extra}]'") from error
 
 
 def sync(path: str | os.PathLike) -> None:
