@@ -42,14 +42,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from data.documents import (
-    PIECE,
-    Document,
-    LeftOut,
-    drop_duplicates,
-    find_sources,
-    read_documents,
-)
+from data.documents import PIECE, Document, LeftOut, drop_duplicates, find_sources, read_documents
 from data.script import is_taken, naming, new_folder, parse_args, run_script
 from data.split import SEQUENCE, split_tokens
 from data.tokens import (
