@@ -294,22 +294,15 @@ def read_checkpoint(path: str) -> dict:
             if damaged := file.testzip():
                 raise ValueError(f"{damaged} in it fails its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        version = checkpoint.get("format", 1)
-        if "model" in checkpoint and version != FORMAT:
-            raise FormatError(
-                f"{path} has the checkpoint format {version} and this version of the project has"
-                f" {FORMAT}: use the version that wrote it, or train again"
-            )
-        for key, kind in TYPES.items():
-            if not isinstance(checkpoint.get(key), kind):
-                raise LookupError(f"it lacks {key}, or that is no {kind.__name__}")
-        for name, weight in checkpoint["model"].items():
-            if not (isinstance(name, str) and isinstance(weight, torch.Tensor)):
-                raise LookupError(f"{name!r} in its model is no tensor")
-        Config(**checkpoint["config"])
-        return checkpoint
-    except FormatError:
-        raise
+        version = checkpoint.get("format", 1) if "model" in checkpoint else FORMAT
+        if version == FORMAT:  # what the others should hold is not known here
+            for key, kind in TYPES.items():
+                if not isinstance(checkpoint.get(key), kind):
+                    raise LookupError(f"it lacks {key}, or that is no {kind.__name__}")
+            for name, weight in checkpoint["model"].items():
+                if not (isinstance(name, str) and isinstance(weight, torch.Tensor)):
+                    raise LookupError(f"{name!r} in its model is no tensor")
+            Config(**checkpoint["config"])
     except (
         OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError,
         zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
@@ -323,10 +316,12 @@ def read_checkpoint(path: str) -> dict:
         raise ValueError(
             f"{path} is damaged or not a checkpoint of this project ({reason})"
         ) from error
-
-
-class FormatError(ValueError):
-    """A checkpoint of another version of the project."""
+    if version != FORMAT:
+        raise ValueError(
+            f"{path} has the checkpoint format {version} and this version of the project has"
+            f" {FORMAT}: use the version that wrote it, or train again"
+        )
+    return checkpoint
 
 
 def find_checkpoint(path: str) -> str:
