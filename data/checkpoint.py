@@ -15,7 +15,6 @@ those that were saved right after an evaluation. A checkpoint is a dictionary:
 """
 
 import errno
-import glob
 import math
 import os
 import pickle
@@ -242,8 +241,8 @@ def best_loss(folder: str, eval_tokens: int, held_out: int) -> float:
 
 def list_checkpoints(folder: str) -> list[str]:
     """The checkpoints step-N.pt in a run's folder, newest first."""
-    pattern = os.path.join(glob.escape(folder), f"step-{8 * '[0-9]'}.pt")
-    return sorted(glob.glob(pattern), reverse=True)
+    paths = Path(folder).glob(f"step-{8 * '[0-9]'}.pt")
+    return sorted(map(str, paths), reverse=True)
 
 
 def list_to_resume(folder: str) -> list[str]:
