@@ -317,10 +317,10 @@ def main(argv: list[str]) -> None:
 
     device, folder = pick_device(options.pop("device")), options.pop("export_hf")
     compiled, data = options.pop("compile"), options.pop("evaluate")
-    if folder is not None and data is not None:
+    if folder and data:
         raise ValueError("--evaluate and --export_hf are two tasks: give one of them")
-    if data is not None or folder is not None:
-        task = "--evaluate" if folder is None else "--export_hf"
+    if data or folder:
+        task = "--evaluate" if data else "--export_hf"
         for name, value in {**options, "compile": compiled}.items():
             if name != "checkpoint" and value != parser.get_default(name):
                 raise ValueError(f"--{name} changes nothing in {task}: leave it out")
@@ -336,11 +336,11 @@ def main(argv: list[str]) -> None:
     held_out = f", held-out loss {loss:.4f}" if loss is not None else ""
     print(f"{checkpoint['path']}: step {checkpoint['step']}{held_out}", file=sys.stderr)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    if folder is not None:
+    if folder:
         export_hf(model, folder, tokenizer)
         print(f"wrote {folder}")
         return
-    if data is not None:
+    if data:
         if device.startswith("cuda"):
             model.compute_dtype = torch.bfloat16  # as in training
         measure(model, checkpoint["tokenizer"], data, device)
