@@ -276,14 +276,15 @@ def read_text(source: Source, left_out: LeftOut) -> Iterator[Document]:
 
 
 def read_again(source: Source) -> Iterator[bytes]:
-    """The pieces of a plain-text file. They are read outside of `read_documents`, when the document
-    is written."""
+    """The pieces of a plain-text file. They are read when the document is written, which is outside
+    of `read_documents`, so an error gets its name here."""
     with reading(source), open_file(source.path) as file:
         yield from read_pieces(file)
 
 
 def check_text(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Pass `pieces` on. Raises ValueError if they are not UTF-8, or have a zero byte as no text."""
+    """Pass `pieces` on. Raises ValueError if they are not UTF-8, or hold a zero byte: that is no
+    text."""
     for piece in pieces:
         if "\0" in piece.decode():
             raise ValueError("zero byte")

@@ -43,8 +43,8 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
 
 @contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """A context in which an error of the system that names no file, as those of reading and writing
-    do not, gets this name. `run_script` prints it."""
+    """A context that adds this name to an error of the system that has none, as those of reading
+    and writing have. `run_script` prints it."""
     try:
         yield
     except OSError as error:

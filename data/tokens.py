@@ -60,15 +60,16 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
 
 
 def definition(name: str) -> str:
-    """What `load_tokenizer` makes a tokenizer of: the text of a tokenizer.json, or its name."""
+    """The text of a tokenizer.json, given its path or that text; else `name` itself, of a tokenizer
+    that needs no file."""
     if name.startswith("{") or not name.endswith(".json"):
         return name
     return Path(name).read_text(encoding="utf-8", errors="replace").lstrip()
 
 
 def keep_tokenizer(tokenizer: tiktoken.Encoding, folder: Path) -> dict[str, str]:
-    """What meta.json in `folder` says of a tokenizer: its name, or tokenizer.json, which is then
-    copied there, and the hash of that file."""
+    """What meta.json in `folder` says of a tokenizer: its name. If a tokenizer.json defines it, a
+    copy is written into `folder`, and meta.json has the name of that file and its hash."""
     if not isinstance(tokenizer, JsonTokenizer):
         return {"tokenizer": tokenizer.name}
     content = tokenizer.text.encode()
