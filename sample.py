@@ -132,6 +132,8 @@ def generate(
         )
     if min(n_samples, max_new_tokens) < 1:
         raise ValueError("n_samples and max_new_tokens must be at least 1")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be from -2^63 to 2^64 - 1, not {seed}")
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(
             "temperature and top_k must not be negative, and top_p must be above 0 and at most 1"
@@ -315,10 +317,10 @@ def main(argv: list[str]) -> None:
 
     device, folder = pick_device(options.pop("device")), options.pop("export_hf")
     compiled, data = options.pop("compile"), options.pop("evaluate")
-    if folder is not None and data is not None:
+    if folder and data:
         raise ValueError("--evaluate and --export_hf are two tasks: give one of them")
-    if data is not None or folder is not None:
-        task = "--evaluate" if folder is None else "--export_hf"
+    if data or folder:
+        task = "--evaluate" if data else "--export_hf"
         for name, value in {**options, "compile": compiled}.items():
             if name != "checkpoint" and value != parser.get_default(name):
                 raise ValueError(f"--{name} changes nothing in {task}: leave it out")
@@ -334,11 +336,11 @@ def main(argv: list[str]) -> None:
     held_out = f", held-out loss {loss:.4f}" if loss is not None else ""
     print(f"{checkpoint['path']}: step {checkpoint['step']}{held_out}", file=sys.stderr)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    if folder is not None:
+    if folder:
         export_hf(model, folder, tokenizer)
         print(f"wrote {folder}")
         return
-    if data is not None:
+    if data:
         if device.startswith("cuda"):
             model.compute_dtype = torch.bfloat16  # as in training
         measure(model, checkpoint["tokenizer"], data, device)

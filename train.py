@@ -124,8 +124,6 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     name, resume = given.pop("config"), given.pop("resume")
     shape = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}
     settings = {"out": f"out/{name}", **RECIPES[name], **given}
-    if empty := [field for field in ("out", "init") if settings.get(field) == ""]:
-        raise ValueError(f"--{empty[0]} is empty: name a folder")
     if not resume:
         check_new(settings["out"])
     elif saved := list_to_resume(settings["out"]):
@@ -401,7 +399,7 @@ def main(argv: list[str]) -> None:
             if can_graph and step == start + 1:
                 step_once = graphed(step_once, micros)
             numbers = step_once(micros)
-            waiting.append((done, lr, to_cpu(numbers, signals.came or bool(saver.error))))
+            waiting.append((done, lr, to_cpu(numbers, signals.came or saver.failed)))
             micros = draw(done)  # while the device computes
 
             evaluates = last or done % train.eval_every == 0

@@ -15,17 +15,15 @@ those that were saved right after an evaluation. A checkpoint is a dictionary:
 """
 
 import errno
-import glob
 import math
 import os
 import pickle
 import shutil
 import sys
-import threading
 import zipfile
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -78,19 +76,19 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
     sharded.set_model_state_dict(model, checkpoint["model"], options=options)
     if "optimizer" not in checkpoint:
         return
-    settings = [dict(group, params=None) for group in optimizer.param_groups]
+    settings = [dict(group) for group in optimizer.param_groups]
     state = checkpoint["optimizer"]
     if next(model.parameters()).device.type == "cpu":
         state = copy(state)  # torch would keep these tensors, and with them the file they are in
     sharded.set_optimizer_state_dict(model, optimizer, state, options=options)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update({key: value for key, value in own.items() if key != "params"})
+        group.update(own)
 
 
 class Saver:
     """Writes a run's checkpoints in a thread, while training goes on. As a context it ends when all
     is on the disk. `start` is the step after which the run goes on, 0 for a new run, and `held_out`
-    the number of held-out tokens. `error` is the thread's, until `wait` raises it.
+    the number of held-out tokens.
 
     A checkpoint stays in memory, and the next one is copied into it. Training waits for this copy,
     and into new memory it takes ten times as long. With a `model` the thread makes that memory
@@ -98,35 +96,24 @@ class Saver:
     """
 
     def __init__(self, folder: str, start: int, held_out: int, model: nn.Module | None = None):
-        self.folder, self.held_out = folder, held_out
-        self.thread, self.error, self.memory = None, None, None
+        self.folder, self.held_out, self.memory = folder, held_out, None
         self.best = None if start else math.inf  # held-out loss of best.pt; None: not yet read
+        self.thread, self.work = ThreadPoolExecutor(1), None
         if model is not None:
             weights = sharded.get_model_state_dict(model)
-            self.begin(self.reserve, {name: (w.shape, w.dtype) for name, w in weights.items()})
+            shapes = {name: (w.shape, w.dtype) for name, w in weights.items()}
+            self.work = self.thread.submit(self.reserve, shapes)
 
     def collect(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-        """What `collect` gives, as soon as the checkpoint before is on the disk."""
+        """The function `collect`, after the checkpoint before is on the disk. Raises its error."""
         self.wait()
         self.memory = collect(model, optimizer, self.memory)
         return self.memory
 
     def save(self, checkpoint: dict) -> None:
-        """Start to write a checkpoint. Waits for the one before; raises its error if it failed."""
+        """Start to write a checkpoint, after the one before is on the disk. Raises its error."""
         self.wait()
-        self.begin(self.write, checkpoint)
-
-    def begin(self, work: Callable[[dict], None], what: dict) -> None:
-        """Do some work in a thread. The next `wait` raises its error."""
-
-        def run() -> None:
-            try:
-                work(what)
-            except Exception as error:
-                self.error = error
-
-        self.thread = threading.Thread(target=run)
-        self.thread.start()
+        self.work = self.thread.submit(self.write, checkpoint)
 
     def reserve(self, weights: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
         """Make the memory for weights and AdamW's moments. Zeros are written to it, because the
@@ -154,20 +141,21 @@ class Saver:
     def wait(self) -> None:
         """Wait until all is on the disk. Raises OSError if a checkpoint could not be written, or if
         there is too little memory for it."""
-        if self.thread:
-            self.thread.join()
-        self.thread, error, self.error = None, self.error, None
-        if error:
-            raise error
+        if self.work:
+            self.work.result()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the thread has ended with an error, which `wait` raises."""
+        return bool(self.work and self.work.done() and self.work.exception())
 
     def __enter__(self):
         return self
 
     def __exit__(self, error: type | None, *_) -> None:
-        if error is None:
+        self.thread.shutdown()  # it waits
+        if error is None:  # else that error is the one to show
             self.wait()
-        elif self.thread:  # that error is the one to show
-            self.thread.join()
 
 
 def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
@@ -186,7 +174,12 @@ def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
         torch.save(checkpoint, temporary)
         sync(temporary)
         if best:
-            keep_as_best(temporary, second)
+            try:
+                os.link(temporary, second)  # another name of the file, which costs no space
+            except OSError:  # some disks have one name for each file
+                shutil.copyfile(temporary, second)
+                sync(second)
+            os.replace(second, os.path.join(folder, "best.pt"))
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         remove(temporary, second)
         reason = str(error).split("\n")[0]
@@ -218,22 +211,10 @@ def sync_names(folder: str) -> None:
         os.close(entries)
 
 
-def keep_as_best(path: str, second: str) -> None:
-    """Make best.pt, beside `second`, the content of a file, which gets `second` as another name
-    first. That costs no space; some disks need a copy."""
-    try:
-        os.link(path, second)
-    except OSError:
-        shutil.copyfile(path, second)
-        sync(second)
-    os.replace(second, os.path.join(os.path.dirname(second), "best.pt"))
-
-
 def remove(*paths: str) -> None:
     """Remove those of the files that are there."""
     for path in paths:
-        with suppress(FileNotFoundError):
-            os.remove(path)
+        Path(path).unlink(missing_ok=True)
 
 
 def best_loss(folder: str, eval_tokens: int, held_out: int) -> float:
@@ -260,8 +241,8 @@ def best_loss(folder: str, eval_tokens: int, held_out: int) -> float:
 
 def list_checkpoints(folder: str) -> list[str]:
     """The checkpoints step-N.pt in a run's folder, newest first."""
-    pattern = os.path.join(glob.escape(folder), f"step-{8 * '[0-9]'}.pt")
-    return sorted(glob.glob(pattern), reverse=True)
+    paths = Path(folder).glob(f"step-{8 * '[0-9]'}.pt")
+    return sorted(map(str, paths), reverse=True)
 
 
 def list_to_resume(folder: str) -> list[str]:
@@ -312,22 +293,15 @@ def read_checkpoint(path: str) -> dict:
             if damaged := file.testzip():
                 raise ValueError(f"{damaged} in it fails its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        version = checkpoint.get("format", 1)
-        if "model" in checkpoint and version != FORMAT:
-            raise FormatError(
-                f"{path} has the checkpoint format {version} and this version of the project has"
-                f" {FORMAT}: use the version that wrote it, or train again"
-            )
-        for key, kind in TYPES.items():
-            if not isinstance(checkpoint.get(key), kind):
-                raise LookupError(f"it lacks {key}, or that is no {kind.__name__}")
-        for name, weight in checkpoint["model"].items():
-            if not (isinstance(name, str) and isinstance(weight, torch.Tensor)):
-                raise LookupError(f"{name!r} in its model is no tensor")
-        Config(**checkpoint["config"])
-        return checkpoint
-    except FormatError:
-        raise
+        version = checkpoint.get("format", 1) if "model" in checkpoint else FORMAT
+        if version == FORMAT:  # what the others should hold is not known here
+            for key, kind in TYPES.items():
+                if not isinstance(checkpoint.get(key), kind):
+                    raise LookupError(f"it lacks {key}, or that is no {kind.__name__}")
+            for name, weight in checkpoint["model"].items():
+                if not (isinstance(name, str) and isinstance(weight, torch.Tensor)):
+                    raise LookupError(f"{name!r} in its model is no tensor")
+            Config(**checkpoint["config"])
     except (
         OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError,
         zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
@@ -341,10 +315,12 @@ def read_checkpoint(path: str) -> dict:
         raise ValueError(
             f"{path} is damaged or not a checkpoint of this project ({reason})"
         ) from error
-
-
-class FormatError(ValueError):
-    """A checkpoint of another version of the project."""
+    if version != FORMAT:
+        raise ValueError(
+            f"{path} has the checkpoint format {version} and this version of the project has"
+            f" {FORMAT}: use the version that wrote it, or train again"
+        )
+    return checkpoint
 
 
 def find_checkpoint(path: str) -> str:

@@ -3,7 +3,6 @@
 import csv
 import gzip
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -16,13 +15,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from data.script import naming
+from data.script import import_optional, naming
 
 # Bytes of text read, tokenised and held per worker at a time. tiktoken fails at a million spaces.
 PIECE = 1 << 19
@@ -45,7 +43,7 @@ def find_sources(inputs: list[str], field: str, downloads: Path) -> list[Source]
         root = sysconfig.get_paths()["stdlib"]
         excluded = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
         paths = [path for path in find_files(root, excluded) if path.suffix == ".py"]
-        return [Source(str(path), path, None, found=True) for path in paths]
+        return [open_source(str(path), path, field, found=True) for path in paths]
     sources = []
     for text in inputs:
         if text.startswith("hf:"):
@@ -53,16 +51,14 @@ def find_sources(inputs: list[str], field: str, downloads: Path) -> list[Source]
         elif text.lower().startswith(("http://", "https://")):
             path = downloads / f"{len(sources)}-{Path(urlsplit(text).path).name[-100:]}"
             download(text, path)
-            sources.append(Source(text, path, open_rows(text, path, field)))
+            sources.append(open_source(text, path, field))
         elif os.path.isfile(text):
-            sources.append(Source(text, Path(text), open_rows(text, Path(text), field)))
+            sources.append(open_source(text, Path(text), field))
         elif os.path.isdir(text):
             paths = list(find_files(text))
             if not paths:
                 raise FileNotFoundError(f"no files in {text}")
-            for path in paths:
-                rows = open_rows(str(path), path, field)
-                sources.append(Source(str(path), path, rows, found=True))
+            sources += [open_source(str(path), path, field, found=True) for path in paths]
         else:
             advice = "give a file, a folder, a URL or hf:NAME"
             if any(character in text for character in "*?["):
@@ -82,11 +78,11 @@ def find_files(root: str, excluded: Iterable[str] = ()) -> Iterator[Path]:
 
     walked = set()
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in walked:
+        real = os.path.realpath(folder)
+        if real in walked:
             folders.clear()
             continue
-        walked.add((status.st_dev, status.st_ino))
+        walked.add(real)
         # os.walk descends into what is left in `folders`, in this order
         folders[:] = sorted(name for name in folders if name[0] != "." and name not in excluded)
         for path in (Path(folder, name) for name in sorted(files) if name[0] != "."):
@@ -112,7 +108,7 @@ def download(url: str, path: Path) -> None:
 
 def open_dataset(spec: str) -> Iterator[tuple[int, dict]]:
     """The rows of hf:NAME or hf:NAME:CONFIG, streamed. Raises ValueError if that fails."""
-    datasets = import_optional("datasets", spec)
+    datasets = import_optional("datasets", spec, extra="datasets")
     name, _, config = spec.removeprefix("hf:").partition(":")
     if not name.strip("/"):
         raise ValueError(f"{spec} names no data set: write hf:NAME or hf:NAME:CONFIG")
@@ -128,14 +124,6 @@ def open_dataset(spec: str) -> Iterator[tuple[int, dict]]:
     return chain(list(islice(rows, 1)), rows)  # the first row at once: most errors come with it
 
 
-def import_optional(module: str, name: str) -> ModuleType:
-    """Import `module`, which the input `name` needs. Raises ValueError if it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"{name} needs the package {module}: pip install '.[datasets]'") from error
-
-
 # ---- files, as pieces of text or as rows
 
 
@@ -144,7 +132,8 @@ def open_file(path: Path) -> BinaryIO:
     if path.name.lower().endswith(".gz"):
         return gzip.open(path)
     if path.name.lower().endswith(".zst"):
-        pyarrow = import_optional("pyarrow", path.name)
+        import pyarrow
+
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
     return open(path, "rb")
 
@@ -166,17 +155,20 @@ def read_pieces(stream: BinaryIO) -> Iterator[bytes]:
         yield rest
 
 
-def open_rows(name: str, path: Path, field: str) -> Iterator[tuple[int, Any]] | None:
-    """The numbered rows of a file, as the ending of its name says; None if it is plain text."""
-    ending = path.name.lower()
+def open_source(name: str, path: Path, field: str, found: bool = False) -> Source:
+    """The source that a file is. The ending of its name says whether it has rows, and which."""
+    ending, rows = path.name.lower(), None
     kind = Path(ending.removesuffix(".gz").removesuffix(".zst")).suffix
     if kind == ".parquet" or ending.endswith(".zst"):
-        import_optional("pyarrow.parquet", name)  # now, not when it is read after hours
+        # Now, not when it is read after hours.
+        import_optional("pyarrow.parquet", name, extra="datasets")
     if kind in (".jsonl", ".ndjson", ".json"):
-        return read_jsonl(path)
-    if kind == ".csv":
-        return read_csv(path)
-    return read_parquet(path, field) if kind == ".parquet" else None
+        rows = read_jsonl(path)
+    elif kind == ".csv":
+        rows = read_csv(path)
+    elif kind == ".parquet":
+        rows = read_parquet(path, field)
+    return Source(name, path, rows, found)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -284,14 +276,15 @@ def read_text(source: Source, left_out: LeftOut) -> Iterator[Document]:
 
 
 def read_again(source: Source) -> Iterator[bytes]:
-    """The pieces of a plain-text file. They are read outside of `read_documents`, when the document
-    is written."""
+    """The pieces of a plain-text file. They are read when the document is written, which is outside
+    of `read_documents`, so an error gets its name here."""
     with reading(source), open_file(source.path) as file:
         yield from read_pieces(file)
 
 
 def check_text(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Pass `pieces` on. Raises ValueError if they are not UTF-8, or have a zero byte as no text."""
+    """Pass `pieces` on. Raises ValueError if they are not UTF-8, or hold a zero byte: that is no
+    text."""
     for piece in pieces:
         if "\0" in piece.decode():
             raise ValueError("zero byte")

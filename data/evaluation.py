@@ -12,16 +12,8 @@ from data.tokens import sequences
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    tokens: np.ndarray,
-    length: int,
-    micro_batch: int,
-    device: str,
-    rank: int = 0,
-    n_process: int = 1,
-    shows: bool = False,
-) -> Tensor:
+def evaluate(model: nn.Module, tokens: np.ndarray, length: int, micro_batch: int, device: str,
+             rank: int = 0, n_process: int = 1, shows: bool = False) -> Tensor:
     """This process's share of the mean loss, in nats a token, of sequences of `length` tokens side
     by side: a scalar. The shares of all processes add up to the mean."""
     n = (len(tokens) - 1) // length
@@ -31,8 +23,8 @@ def evaluate(
     total = torch.zeros((), device=device)
     # All processes take equally many turns, because FSDP needs them all in each. In the last turn
     # some may have no rows of their own: they compute the last rows, and do not count them.
-    hides = None if shows else True  # None: tqdm shows its bar on a terminal only
-    for turn in tqdm(range(0, len(firsts), n_process), disable=hides):
+    turns = range(0, len(firsts), n_process)
+    for turn in tqdm(turns, disable=None if shows else True):  # None: shown on a terminal only
         i = min(turn + rank, len(firsts) - 1)
         last = min(firsts[i] + micro_batch, n)
         starts = range(firsts[i] * length, last * length, length)

@@ -20,8 +20,8 @@ def of_gpu(table: dict[str, float], gpu: str) -> float | None:
 
 def knocks_of(model: nn.Module) -> dict[str, Knock]:
     """Every knock of a model that does something, by its name, such as blocks.0.attn.wv.knock."""
-    knocks = {name: part for name, part in model.named_modules() if isinstance(part, Knock)}
-    return {name: knock for name, knock in knocks.items() if knock.kind != "none"}
+    parts = model.named_modules()
+    return {name: p for name, p in parts if isinstance(p, Knock) and p.kind != "none"}
 
 
 @torch.no_grad()
@@ -77,13 +77,8 @@ def paper_flops(length: int, d: int, n_head: int) -> tuple[int, int, int]:
     return 8 * length * d**2 + 4 * length**2 * d, 18 * length * d**2, 6 * length * d**2 // n_head
 
 
-def memory_per_gpu(
-    config: Config,
-    micro_batch: int,
-    n_shard: int = 1,
-    recompute: bool = False,
-    accumulates: bool = True,
-) -> dict[str, float]:
+def memory_per_gpu(config: Config, micro_batch: int, n_shard: int = 1, recompute: bool = False,
+                   accumulates: bool = True) -> dict[str, float]:
     """An estimate of the GPU memory, in bytes, that training needs at its peak, by what needs it;
     "total" is the sum. Tested to be within 15% of twelve measurements.
 
@@ -126,22 +121,23 @@ def memory_per_gpu(
     return {**parts, "total": sum(parts.values())}
 
 
-def memory_advice(
-    config: Config, micro_batch: int, parallel: str, recompute: bool, n_process: int
-) -> str:
+def memory_advice(config: Config, micro_batch: int, parallel: str, recompute: bool,
+                  n_process: int) -> str:
     """What would need less memory than such a run, each with the estimate for it, in one line."""
+
+    def gib(*how) -> float:
+        return memory_per_gpu(config, *how)["total"] / 2**30
+
     n_shard = n_process if parallel == "fsdp" else 1
     more, less = max(8, 2 * n_process), max(1, micro_batch // 2)
+    now = gib(micro_batch, n_shard, recompute)
     ways = {
-        "": memory_per_gpu(config, micro_batch, n_shard, recompute),
-        f"--micro_batch {less}": memory_per_gpu(config, less, n_shard, recompute),
-        "--recompute": memory_per_gpu(config, micro_batch, n_shard, True),
-        f"--parallel fsdp on {more} GPUs": memory_per_gpu(config, micro_batch, more, recompute),
-        "all of these": memory_per_gpu(config, less, more, True),
+        f"--micro_batch {less}": gib(less, n_shard, recompute),
+        "--recompute": gib(micro_batch, n_shard, True),
+        f"--parallel fsdp on {more} GPUs": gib(micro_batch, more, recompute),
+        "all of these": gib(less, more, True),
     }
-    gib = {way: need["total"] / 2**30 for way, need in ways.items()}
-    now = gib.pop("")
-    helps = [f"{way}: {need:.0f}" for way, need in gib.items() if need < now]
+    helps = [f"{way}: {need:.0f}" for way, need in ways.items() if need < now]
     return f"it needs about {now:.0f} GiB a GPU; with {', '.join(helps)}"
 
 
@@ -152,7 +148,6 @@ def advice_on_memory(config: Config, train, n_process: int):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        advice = memory_advice(
-            config, train.micro_batch, train.parallel, train.recompute, n_process
-        )
+        advice = memory_advice(config, train.micro_batch, train.parallel, train.recompute,
+                               n_process)
         raise ValueError(f"the GPU's memory is too small for this run: {advice}") from error

@@ -13,8 +13,6 @@ import copy
 import json
 import os
 import shutil
-import types
-import uuid
 from pathlib import Path
 
 import tiktoken
@@ -22,7 +20,7 @@ import torch
 from torch import nn
 
 from data.figures import knocks_of
-from data.script import sync
+from data.script import import_optional, is_taken, new_folder
 from data.tokenizer_json import END, to_json
 from data.tokens import TOKENIZER_FILE
 from kha import Config, Transformer, fold, init_weights
@@ -43,7 +41,8 @@ MAY_CHANGE = ("block_size", "knock_q", "knock_k", "knock_v", "knock_init", "rope
 
 
 def gated_knocks(config: Config) -> dict[str, str]:
-    """The projections with a knock of which folding leaves a gate, and its kind: v_proj -> mlp."""
+    """The projections with a knock that folding does not remove whole, because it has a gate, and
+    the knock's kind: v_proj -> mlp."""
     kinds = {f"{part}_proj": getattr(config, f"knock_{part}") for part in "qkv"}
     return {name: kind for name, kind in kinds.items() if kind in ("mlp", "gate")}
 
@@ -81,15 +80,6 @@ def hf_names(config: Config) -> dict[str, list[str]]:
     return names
 
 
-def import_safetensors() -> types.ModuleType:
-    """The package safetensors. Raises ValueError if it is not installed."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ValueError("this needs the package safetensors: pip install '.[hf]'") from error
-    return safetensors
-
-
 # --------------------------------------------------------------------------------------------------
 # Export
 
@@ -107,25 +97,21 @@ def export_hf(model: Transformer, folder: str, tokenizer: tiktoken.Encoding) -> 
         raise ValueError(f"cannot export attention={c.attention}: transformers has gqa only")
     if c.n_expert == 1:
         raise ValueError("cannot export a mixture of 1 expert: Glm4MoeForCausalLM needs 2 or more")
-    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+    if is_taken(folder):
         raise ValueError(f"{folder} exists and is not an empty folder: name another")
-    safetensors = import_safetensors()
+    import_optional("safetensors.torch", "this", extra="hf")
+    import safetensors.torch
+
     weights, texts = export_weights(model), export_texts(model, tokenizer)
-    temporary = f"{os.path.normpath(folder)}.tmp-{uuid.uuid4().hex[:8]}"
     try:
-        os.makedirs(temporary)
-        for name, text in texts.items():
-            Path(temporary, name).write_text(text, encoding="utf-8")
-        file = Path(temporary, "model.safetensors")
-        safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
-        shutil.copymode(Path(temporary, "config.json"), file)  # safetensors makes it private
-        for path in Path(temporary).iterdir():
-            sync(path)  # the folder must not appear before what is in it
-        os.replace(temporary, folder)
+        with new_folder(folder) as new:
+            for name, text in texts.items():
+                (new / name).write_text(text, encoding="utf-8")
+            file = new / "model.safetensors"
+            safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+            shutil.copymode(new / "config.json", file)  # safetensors makes it private
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export_weights(model: Transformer) -> dict[str, torch.Tensor]:
@@ -213,7 +199,9 @@ def import_hf(folder: str, **changes) -> Transformer:
     Raises ValueError for a model that is not Qwen3, has what ours has not, or is damaged, and for
     changes that its weights do not fit; OSError for a missing file.
     """
-    safetensors = import_safetensors()
+    import_optional("safetensors.torch", "this", extra="hf")
+    import safetensors.torch
+
     try:
         hf = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # as transformers does
@@ -244,7 +232,10 @@ def import_hf(folder: str, **changes) -> Transformer:
         for file in files:
             theirs |= safetensors.torch.load_file(os.path.join(folder, file))
         if config.tie_embeddings:
-            check_head(folder, theirs)
+            embedding = theirs["model.embed_tokens.weight"]
+            if not torch.equal(theirs.pop("lm_head.weight", embedding), embedding):
+                raise ValueError(f"cannot import {folder}: its lm_head.weight is not its embedding,"
+                                 " as its config.json says: set tie_word_embeddings there to false")
         weights = {
             our: torch.cat([theirs.pop(name) for name in names]).float()
             for our, names in hf_names(own).items()
@@ -278,14 +269,3 @@ def start_from_hf(folder: str, changes: dict) -> tuple[Config, dict]:
     # The run draws random knocks itself, from its seed and the same in all its processes.
     weights = {name: w for name, w in model.state_dict().items() if ".knock." not in name}
     return model.config, {"model": weights, "step": 0, "tokenizer": tokenizer}
-
-
-def check_head(folder: str, weights: dict[str, torch.Tensor]) -> None:
-    """Take lm_head.weight out of the weights of a model that says that it is the embedding. Raises
-    ValueError if it is not."""
-    embedding = weights["model.embed_tokens.weight"]
-    if not torch.equal(weights.pop("lm_head.weight", embedding), embedding):
-        raise ValueError(
-            f"cannot import {folder}: its lm_head.weight is not its embedding, as its config.json"
-            " says: set tie_word_embeddings there to false"
-        )

@@ -22,6 +22,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -60,7 +61,7 @@ class Log:
         path = os.path.join(out, "log.jsonl")
         self.losses = deque(maxlen=100)
         self.spikes = self.skipped = self.skipped_in_a_row = 0
-        self.settings, self.file = None, None
+        self.settings, self.file = {}, None
         kept = self.read(path, last_step) if last_step and os.path.exists(path) else 0
         if not writes:
             return
@@ -89,8 +90,9 @@ class Log:
                     if record["step"] > last_step or not line.endswith(b"\n"):
                         break
                     if "loss" in record:
-                        self.take(float(record["loss"]), record["spikes"], record["skipped"])
-                    self.settings = record if "config" in record else self.settings
+                        self.set_counts(float(record["loss"]), record["spikes"], record["skipped"])
+                    if "config" in record:
+                        self.settings = record
                     reached, kept = record["step"], kept + len(line)
                 except (ValueError, TypeError, KeyError):
                     break  # half a line: the run was killed in the middle of it
@@ -101,8 +103,8 @@ class Log:
             )
         return kept
 
-    def take(self, loss: float, spikes: int, skipped: int) -> None:
-        """Count an update: `spikes` and `skipped` are the new counts."""
+    def set_counts(self, loss: float, spikes: int, skipped: int) -> None:
+        """Set the counts to those after an update with this loss."""
         if skipped == self.skipped:
             self.skipped_in_a_row = 0
             self.losses.append(loss)
@@ -111,13 +113,14 @@ class Log:
         self.spikes, self.skipped = spikes, skipped
 
     def count(self, loss: float, finite: bool) -> None:
-        """Count an update with this loss. One that is not `finite` was left out."""
+        """Count an update with this loss, also as a spike if it is one. An update that is not
+        `finite` was left out."""
         spike = False
         if finite and len(self.losses) >= 20:
             median = statistics.median(self.losses)
             deviation = 1.4826 * statistics.median(abs(x - median) for x in self.losses)
             spike = loss > median + SPIKE * deviation
-        self.take(loss, self.spikes + spike, self.skipped + (not finite))
+        self.set_counts(loss, self.spikes + spike, self.skipped + (not finite))
 
     def begin(
         self, model: Transformer, settings: dict, device: str, n_process: int, start: int
@@ -127,12 +130,12 @@ class Log:
         train, self.device, self.clock = settings["train"], device, Moment(device)
         self.out, self.batch_tokens = train["out"], train["batch_tokens"]
         name = device if not device.startswith("cuda") else torch.cuda.get_device_name(device)
-        peak, flops = of_gpu(PEAK_FLOPS, name), flops_per_token(model, model.config.block_size)
-        self.mfu_of_a_token = flops / (peak * n_process) if peak else None
+        self.flops_per_token = flops_per_token(model, model.config.block_size)
+        self.peak_flops = n_process * (of_gpu(PEAK_FLOPS, name) or 0)  # 0: not known
         where = {"n_process": n_process, "device": name, "torch": torch.__version__}
         train = {key: value for key, value in train.items() if key != "out"}  # it may be moved
         record = {"step": start, **settings, "train": train, **where}
-        if {**(self.settings or {}), "step": start} != record:
+        if {**self.settings, "step": start} != record:
             self.write(**record)
         self.progress = Progress(train["steps"], start, shows=self.file is not None)
         total, active = count_params(model)
@@ -159,8 +162,8 @@ class Log:
         self.clock = moment
         if self.device.startswith("cuda"):
             record["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        if self.mfu_of_a_token:
-            record["mfu"] = record["tokens_per_s"] * self.mfu_of_a_token
+        if self.peak_flops:
+            record["mfu"] = record["tokens_per_s"] * self.flops_per_token / self.peak_flops
         self.count(loss, bool(finite))
         self.write(**record, spikes=self.spikes, skipped=self.skipped)
         self.progress.update(record)
@@ -224,13 +227,8 @@ def check_new(out: str) -> None:
         raise ValueError(
             f"{out} holds a run already: add --resume to go on with it, or choose another --out"
         )
-    try:
-        with open(os.path.join(out, "log.jsonl"), "rb") as file:
-            file.readline()
-            has_updates = file.readline()
-    except FileNotFoundError:
-        return
-    if has_updates:
+    log = Path(out, "log.jsonl")
+    if log.exists() and len(log.read_bytes().splitlines()) > 1:
         raise ValueError(
             f"{out} holds the log of a run without checkpoints: choose another --out (with --resume"
             " the run starts again, and replaces the log)"

@@ -4,14 +4,6 @@ gate, folded. This file goes along with the weights; load them with trust_remote
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    Glm4MoeConfig,
-    Glm4MoeForCausalLM,
-    Glm4MoeModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
 
 try:  # transformers 5 has all experts of a layer in one weight, unlike the file
     from transformers import conversion_mapping as mapping
@@ -53,37 +45,37 @@ class Knocked:
                 setattr(layer.self_attn, name, KnockedHeads(plain, config.head_dim, has_down))
 
 
-class KHAQwen3Config(Qwen3Config):
+class KHAQwen3Config(transformers.Qwen3Config):
     """Qwen3's, and the field `knocks`."""
 
     model_type = "kha_qwen3"
 
 
-class KHAQwen3Model(Knocked, Qwen3Model):
+class KHAQwen3Model(Knocked, transformers.Qwen3Model):
     """Qwen3 with knocks, without its output projection."""
 
     config_class = KHAQwen3Config
 
 
-class KHAQwen3ForCausalLM(Knocked, Qwen3ForCausalLM):
+class KHAQwen3ForCausalLM(Knocked, transformers.Qwen3ForCausalLM):
     """Qwen3 with knocks."""
 
     config_class = KHAQwen3Config
 
 
-class KHAGlm4MoeConfig(Glm4MoeConfig):
+class KHAGlm4MoeConfig(transformers.Glm4MoeConfig):
     """Glm4Moe's, and the field `knocks`."""
 
     model_type = "kha_glm4_moe"
 
 
-class KHAGlm4MoeModel(Knocked, Glm4MoeModel):
+class KHAGlm4MoeModel(Knocked, transformers.Glm4MoeModel):
     """Glm4Moe with knocks, without its output projection."""
 
     config_class = KHAGlm4MoeConfig
 
 
-class KHAGlm4MoeForCausalLM(Knocked, Glm4MoeForCausalLM):
+class KHAGlm4MoeForCausalLM(Knocked, transformers.Glm4MoeForCausalLM):
     """Glm4Moe with knocks."""
 
     config_class = KHAGlm4MoeConfig

@@ -26,7 +26,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -43,15 +42,8 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from data.documents import (
-    PIECE,
-    Document,
-    LeftOut,
-    drop_duplicates,
-    find_sources,
-    read_documents,
-)
-from data.script import handling, naming, parse_args, run_script, sync
+from data.documents import PIECE, Document, LeftOut, drop_duplicates, find_sources, read_documents
+from data.script import is_taken, naming, new_folder, parse_args, run_script
 from data.split import SEQUENCE, split_tokens
 from data.tokens import (
     SPLITS,
@@ -144,44 +136,46 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
     workers = os.cpu_count() if workers is None else workers
     if workers < 1:
         raise ValueError(f"--workers must be at least 1, not {workers}")
-    target = Path(out).resolve()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if is_taken(out):
         raise FileExistsError(f"{out} already exists: delete it or choose another --out")
     encoding = load_tokenizer(tokenizer)
-    key = "text" if field is None else field
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        # A kill and a closed terminal clean up as Ctrl-C does.
-        handling(lambda number, _: sys.exit(128 + number), "SIGTERM", "SIGHUP"),
-        naming(out),
-        tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp-", dir=target.parent) as folder,
-    ):
-        work, downloads = Path(folder, "tokens"), Path(folder, "downloads")
-        work.mkdir()  # others may read it, unlike the folder around it
-        downloads.mkdir()
-        sources = find_sources(inputs, key, downloads)
-        if field is not None and all(source.rows is None for source in sources):
-            raise ValueError(f"--field {field} is for rows, and no INPUT has any: leave it out")
-        digests, left_out = array("Q"), LeftOut()
-        documents = drop_duplicates(read_documents(sources, key, left_out), digests, left_out)
-        total = sum(source.path.stat().st_size for source in sources if source.path)
-        ends = write_tokens(work / "train.bin", documents, encoding, workers, total)
-        if not digests:
-            raise ValueError(f"no text: {left_out.skipped_files:,} files in folders were "
-                             f"skipped, {left_out.dropped_documents:,} documents are empty: "
-                             "name other files or, for rows, another --field")
-        hashes = np.frombuffer(digests, np.uint64)
-        splits = split_tokens(work, ends, hashes, val_fraction, encoding)
-        stdlib = f"the standard library of Python {platform.python_version()}"
-        meta = {**keep_tokenizer(encoding, work), "vocab_size": encoding.n_vocab,
-                "eot": encoding.eot_token, "dtype": token_dtype(encoding).name,
-                "sources": inputs or [stdlib], "val_fraction": val_fraction,
-                "skipped_files": left_out.skipped_files, "skipped_rows": left_out.skipped_rows,
-                "dropped_documents": left_out.dropped_documents, **splits}
-        (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        verify_tokens(str(work))
-        publish(work, target)
+    text, path = b"", Path(out, "meta.json")
+    try:
+        with naming(out), new_folder(out) as folder:
+            meta = write_data(folder, inputs, encoding, field, val_fraction, workers)
+            text = f"{json.dumps(meta, indent=2)}\n".encode()
+            (folder / "meta.json").write_bytes(text)
+            verify_tokens(str(folder))
+    except FileExistsError:
+        if not path.is_file() or path.read_bytes() != text:  # else the same data are there by now
+            raise
     return meta
+
+
+def write_data(folder: Path, inputs: list[str], encoding: tiktoken.Encoding, field: str | None,
+               val_fraction: float, workers: int) -> dict[str, Any]:
+    """Write the tokens of `inputs` into `folder`, and downloads beside it. Returns meta.json; the
+    arguments are those of `prepare`."""
+    key = "text" if field is None else field
+    sources = find_sources(inputs, key, downloads=folder.parent)
+    if field is not None and all(source.rows is None for source in sources):
+        raise ValueError(f"--field {field} is for rows, and no INPUT has any: leave it out")
+    digests, left_out = array("Q"), LeftOut()
+    documents = drop_duplicates(read_documents(sources, key, left_out), digests, left_out)
+    total = sum(source.path.stat().st_size for source in sources if source.path)
+    ends = write_tokens(folder / "train.bin", documents, encoding, workers, total)
+    if not digests:
+        raise ValueError(f"no text: {left_out.skipped_files:,} files in folders were skipped, "
+                         f"{left_out.dropped_documents:,} documents are empty: name other files "
+                         "or, for rows, another --field")
+    hashes = np.frombuffer(digests, np.uint64)
+    splits = split_tokens(folder, ends, hashes, val_fraction, encoding)
+    stdlib = f"the standard library of Python {platform.python_version()}"
+    return {**keep_tokenizer(encoding, folder), "vocab_size": encoding.n_vocab,
+            "eot": encoding.eot_token, "dtype": token_dtype(encoding).name,
+            "sources": inputs or [stdlib], "val_fraction": val_fraction,
+            "skipped_files": left_out.skipped_files, "skipped_rows": left_out.skipped_rows,
+            "dropped_documents": left_out.dropped_documents, **splits}
 
 
 def find_data(folder: str) -> None:
@@ -190,24 +184,6 @@ def find_data(folder: str) -> None:
         with suppress(FileExistsError):  # another machine was faster
             prepare([], folder)
     verify_tokens(folder)
-
-
-def publish(work: Path, target: Path) -> None:
-    """Rename the finished folder `work` to `target`, unless the same is there by now.
-
-    Raises FileExistsError if something else is.
-    """
-    for path in work.iterdir():
-        sync(path)  # the folder must not appear before its content is on disk
-    try:
-        os.rename(work, target)
-    except OSError as error:
-        meta = target / "meta.json"
-        if not target.exists():
-            raise
-        if not meta.is_file() or meta.read_bytes() != (work / "meta.json").read_bytes():
-            raise FileExistsError(f"{target} has appeared meanwhile, and is something else: choose "
-                                  "another --out") from error
 
 
 def main(argv: list[str]) -> None:

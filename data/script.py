@@ -3,14 +3,18 @@
 import argparse
 import dataclasses
 import difflib
+import importlib
 import inspect
 import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 
@@ -39,8 +43,8 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
 
 @contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """A context in which an error of the system that names no file, as those of reading and writing
-    do not, gets this name. `run_script` prints it."""
+    """A context that adds this name to an error of the system that has none, as those of reading
+    and writing have. `run_script` prints it."""
     try:
         yield
     except OSError as error:
@@ -65,6 +69,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Nam
             raise ValueError(f"unknown option {option}: {nearest(option, options, 'see --help')}")
     args = parser.parse_intermixed_args(argv)
     for name, value in vars(args).items():
+        if value == "" and name not in ("prompt", "field"):
+            raise ValueError(f"--{name} is empty: give it a value, or leave it out")
         # Python marks bytes that are not UTF-8 so. torch cannot read a file of such a name, and a
         # tokenizer would change such a prompt.
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
@@ -108,6 +114,16 @@ def add_fields(
     return parser
 
 
+def import_optional(module: str, what: str, extra: str) -> ModuleType:
+    """Import a module that `what` needs. Raises ValueError if its package is not installed, which
+    comes with `extra` of pyproject.toml."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise ValueError(f"{what} needs the package {package}: pip install '.[{extra}]'") from error
+
+
 def sync(path: str | os.PathLike) -> None:
     """Bring a file to the disk."""
     with open(path, "r+b") as file:
@@ -128,6 +144,37 @@ def handling(receive: Callable, *names: str) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_taken(path: str | os.PathLike) -> bool:
+    """Whether there is something at `path`, other than an empty folder."""
+    return os.path.exists(path) and not (os.path.isdir(path) and not os.listdir(path))
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A context with an empty folder to fill. At the end it is brought to the disk and gets the
+    name `path`. After an error, Ctrl-C, a kill or a closed terminal nothing is left of it, nor of
+    what was put beside it. Raises FileExistsError if `path` is taken by then."""
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        handling(lambda number, _: sys.exit(128 + number), "SIGTERM", "SIGHUP"),
+        tempfile.TemporaryDirectory(prefix=f"{target.name}.tmp-", dir=target.parent) as around,
+    ):
+        folder = Path(around, "new")
+        folder.mkdir()  # others may read it, unlike the folder around it
+        yield folder
+        for file in folder.iterdir():
+            sync(file)  # the folder must not appear before its content is on the disk
+        try:
+            os.rename(folder, target)
+        except OSError as error:
+            if not is_taken(target):
+                raise
+            raise FileExistsError(
+                f"{path} has appeared meanwhile, and is something else: choose another folder"
+            ) from error
 
 
 class Signals(ExitStack):

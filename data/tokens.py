@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,16 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
 
 
 def definition(name: str) -> str:
-    """What `load_tokenizer` makes a tokenizer of: the text of a tokenizer.json, or its name."""
+    """The text of a tokenizer.json, given its path or that text; else `name` itself, of a tokenizer
+    that needs no file."""
     if name.startswith("{") or not name.endswith(".json"):
         return name
     return Path(name).read_text(encoding="utf-8", errors="replace").lstrip()
 
 
 def keep_tokenizer(tokenizer: tiktoken.Encoding, folder: Path) -> dict[str, str]:
-    """What meta.json in `folder` says of a tokenizer: its name, or tokenizer.json, which is then
-    copied there, and the hash of that file."""
+    """What meta.json in `folder` says of a tokenizer: its name. If a tokenizer.json defines it, a
+    copy is written into `folder`, and meta.json has the name of that file and its hash."""
     if not isinstance(tokenizer, JsonTokenizer):
         return {"tokenizer": tokenizer.name}
     content = tokenizer.text.encode()
@@ -172,8 +174,10 @@ def verify_tokens(folder: str, trust_stamp: bool = True) -> None:
         status = Path(folder, name).stat()
         stamp[name] = [status.st_size, status.st_mtime_ns]
     path = Path(folder, "verified.json")
-    if trust_stamp and read_stamp(path) == stamp:
-        return
+    if trust_stamp:
+        with suppress(OSError, ValueError):  # it is not there, or damaged
+            if json.loads(path.read_bytes()) == stamp:
+                return
     again = f"delete {folder} and run data/prepare.py again"
     total = sum(meta[split]["tokens"] for split in SPLITS)
     with tqdm(total=total, desc="checking tokens", unit_scale=True, disable=None) as bar:
@@ -194,14 +198,6 @@ def verify_tokens(folder: str, trust_stamp: bool = True) -> None:
     except OSError as error:
         print(f"warning: {path} cannot be written ({error.strerror}): each start reads all "
               f"{total:,} tokens to check them", file=sys.stderr)
-
-
-def read_stamp(path: Path) -> dict | None:
-    """What verify_tokens wrote to `path`; None if there is nothing, or if it is damaged."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
 
 
 def sequences(tokens: np.ndarray, starts: Iterable[int], length: int) -> torch.Tensor:

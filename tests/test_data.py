@@ -792,7 +792,7 @@ def test_the_later_of_two_different_runs_is_refused(tmp_path, monkeypatch):
     write_texts(tmp_path / "in", range(100))
     inputs, out, earlier = [str(tmp_path / "in")], str(tmp_path / "out"), []
     meanwhile(monkeypatch, lambda: earlier.append(prepare(inputs, out, val_fraction=0.5)))
-    with pytest.raises(FileExistsError, match="out has appeared meanwhile.* another --out"):
+    with pytest.raises(FileExistsError, match="out has appeared meanwhile.* another folder"):
         prepare(inputs, out)
     meanwhile(monkeypatch, lambda: write_texts(tmp_path / "notes", [1]))
     with pytest.raises(FileExistsError, match="notes has appeared meanwhile"):
@@ -950,6 +950,8 @@ def test_an_unreadable_file(tmp_path):
     (["none[1].txt", "--out", "out"], ["no such input: 'none[1].txt'", "pattern"]),
     (["--verify", "full", "--out", "out"], ["--verify FOLDER", "nothing else"]),
     (["--verify", "full"], ["no prepared data in full"]),
+    (["--verify", ""], ["--verify is empty: give it a value, or leave it out"]),
+    (["a.txt", "--out", ""], ["--out is empty: give it a value, or leave it out"]),
     (["a.txt"], ["--out"]),
     (["a.txt", "--otu", "out"], ["unknown option --otu: did you mean --out?"]),
     (["a.txt", "--tokenzier=byte"], ["unknown option --tokenzier: did you mean --tokenizer?"]),

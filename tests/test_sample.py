@@ -219,6 +219,8 @@ def test_each_sample_stops_at_end_of_text(model):
         ([1], dict(top_p=0), "top_p"),
         ([1], dict(temperature=-1), "temperature"),
         ([1], dict(top_k=-1), "top_k"),
+        ([1], dict(seed=2**64), "seed must be from .* not 18446744073709551616"),
+        ([1], dict(seed=-(2**63) - 1), "seed must be"),
     ],
 )
 def test_generate_refuses_in_one_line(model, prompt, options, message):
@@ -276,6 +278,7 @@ def test_the_script(model, tmp_path):
         (("--checkpoint", path, "--evaluate", "a", "--top_p", 0.5), "--top_p changes nothing in"),
         (("--checkpoint", path, "--export_hf", "a", "--prompt", "b"), "--prompt changes nothing"),
         (("--checkpoint", path, "--device", "cpu", "--compile"), "--compile is for CUDA"),
+        (("--checkpoint", path, "--export_hf", ""), "--export_hf is empty"),
         (("--checkpoint", path, "--prompt", "a\udcff"), "--prompt a? is not UTF-8 text"),
     ]:
         code, out, err = sample(*args)

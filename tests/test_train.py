@@ -411,7 +411,7 @@ def test_killed_while_it_prepares_its_data_it_leaves_nothing(tmp_path):
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py"], cwd=tmp_path, stderr=subprocess.DEVNULL
     )
-    while not list(tmp_path.glob("data/stdlib.tmp-*/tokens/train.bin")):
+    while not list(tmp_path.glob("data/stdlib.tmp-*/new/train.bin")):
         time.sleep(0.01)
         assert process.poll() is None
     process.terminate()
