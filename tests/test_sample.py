@@ -215,9 +215,12 @@ def test_each_sample_stops_at_end_of_text(model):
     [
         ([], {}, "the prompt is empty"),
         ([320], {}, "outside the model's vocabulary of 320"),
+        ([-1], {}, "outside the model's vocabulary of 320"),
         ([1], dict(n_samples=0), "at least 1"),
         ([1], dict(top_p=0), "top_p"),
+        ([1], dict(top_p=1.1), "top_p"),
         ([1], dict(temperature=-1), "temperature"),
+        ([1], dict(temperature=math.nan), "temperature"),
         ([1], dict(top_k=-1), "top_k"),
     ],
 )
@@ -229,10 +232,12 @@ def test_generate_refuses_in_one_line(model, prompt, options, message):
 
 def test_characters_of_several_bytes_are_written_whole(model, capsys):
     text = "naïve – 漢字"
-    ids = load_tokenizer("byte").encode(text)
+    ids, prompts = load_tokenizer("byte").encode(text), []
 
     class Parrot(Transformer):  # says the text, byte by byte, whatever it is asked
         def forward(self, tokens, targets=None, position=None, cache=None):
+            if position is None:
+                prompts.append(tokens.tolist())
             said = 0 if position is None else position.item()
             return torch.nn.functional.one_hot(torch.tensor([[ids[said]]]), 320).float()
 
@@ -242,6 +247,9 @@ def test_characters_of_several_bytes_are_written_whole(model, capsys):
     assert capsys.readouterr().out == text + "\n"
     write_samples(parrot, load_tokenizer("byte"), "", max_new_tokens=len(ids) - 1, temperature=0)
     assert capsys.readouterr().out == text[:-1] + "\ufffd\n"  # it ends within a character
+    assert prompts == [[[256]]] * 2  # an empty prompt is the start of a document
+    write_samples(parrot, load_tokenizer("byte"), "<|endoftext|>", max_new_tokens=1)
+    assert prompts[-1] == [list(b"<|endoftext|>")]  # in a prompt it is text, as in a document
 
 
 def test_the_script(model, tmp_path):
