@@ -131,6 +131,23 @@ def test_a_resume_says_if_the_learning_rate_jumps(change, rates, halves, capsys,
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux")
+def test_a_run_does_not_keep_the_file_from_which_it_goes_on(halves, data, monkeypatch):
+    """The file is mapped into memory. If it stayed there, its space would not be free when the run
+    has removed it."""
+    lr_at, maps = train.lr_at, []
+
+    def look(step, settings):
+        with open("/proc/self/maps") as file:
+            maps.append(file.read())
+        return lr_at(step, settings)
+
+    monkeypatch.setattr(train, "lr_at", look)
+    (halves / "step-00000030.pt").unlink()
+    main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
+    assert "step-00000020.pt" in maps[0] and "step-00000020.pt" not in maps[-1]
+
+
 def test_a_run_cannot_go_back(halves, data):
     with pytest.raises(ValueError, match="has done 30 steps: give more than --steps 25"):
         main([*SHORT, "--data", str(data), "--out", str(halves), "--resume", "--steps", "25"])
@@ -379,6 +396,24 @@ run_script(lambda argv: (print(argv[0]), os.kill(os.getpid(), signal.SIGKILL)))
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, shown), done.stderr
 
 
+@pytest.mark.parametrize(
+    "what,code,shown",
+    [("KeyboardInterrupt", 130, ""), ("OSError('two\\n lines')", 2, "ends.py: error: two lines\n")],
+)
+def test_what_ends_a_script_is_one_line_at_most(what, code, shown, tmp_path):
+    script = tmp_path / "ends.py"
+    script.write_text(f"""
+from data.script import run_script
+
+def main(argv):
+    raise {what}
+
+run_script(main)
+""")
+    done = train_script(script=script)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", shown)
+
+
 def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
     progress = Progress(total=3, done=0)
     for step, seconds in ((1, 3600), (2, -1), (3, 3600)):
@@ -393,7 +428,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys)
 
 @pytest.fixture
 def poison(monkeypatch):
-    """A function that makes the loss NaN (with `gradient` only the gradient) in the updates that it
+    """A function that makes the loss NaN (or with `gradient` the gradient) in the updates that it
     is given, counted from 1. It returns a dict that gets the weights before each update."""
     lr_at, forward, now = train.lr_at, Transformer.forward, {}
 
@@ -413,9 +448,10 @@ def poison(monkeypatch):
                         for name, x in model.state_dict().items()
                         if "load" not in name
                     }
-                if now["step"] in steps:
+                if now["step"] in steps and gradient:
                     loss.register_hook(lambda grad: grad * float("nan"))
-                    return loss if gradient else loss * float("nan")
+                elif now["step"] in steps:
+                    return loss + float("nan")
             return loss
 
         monkeypatch.setattr(train, "lr_at", at)
@@ -427,7 +463,7 @@ def poison(monkeypatch):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_an_update_that_is_not_finite_is_skipped_and_logged(gradient, poison, data, tmp_path):
-    weights = poison({3, 14, 15}, gradient)
+    weights = poison({3, 14, 15, 30}, gradient)
     main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
     for step in range(1, 30):
         unchanged = all(
@@ -436,10 +472,12 @@ def test_an_update_that_is_not_finite_is_skipped_and_logged(gradient, poison, da
         assert unchanged == (step in (3, 14, 15))
     updates, before = read_log(tmp_path)[0], 0
     for line in updates:  # the data of an update is a function of its step
-        assert line["skipped"] == before + (line["step"] in (3, 14, 15))
-        assert (line["grad_norm"] == "nan") == (line["step"] in (3, 14, 15))
+        skipped = line["step"] in (3, 14, 15, 30)
+        assert line["skipped"] == before + skipped
+        assert (line["grad_norm" if gradient else "loss"] == "nan") == skipped
         before = line["skipped"]
     assert all(x.isfinite().all() for x in weights_of(tmp_path).values())
+    assert "step-00000030.pt" in names(tmp_path)  # the end is saved all the same
 
 
 def test_skipped_updates_count_on_after_a_resume(poison, data, tmp_path):
@@ -469,6 +507,20 @@ def test_a_run_saved_before_its_first_update_goes_on_the_same(poison, data, tmp_
     monkeypatch.setattr(train, "lr_at", lr_at)
     main([*args, str(tmp_path / "halves"), "--resume"])
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_a_signal_in_the_last_update_changes_nothing(whole, data, tmp_path, monkeypatch, capsys):
+    def late(step, settings):
+        if step == 29:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return lr_at(step, settings)
+
+    lr_at = train.lr_at
+    monkeypatch.setattr(train, "lr_at", late)
+    main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
+    assert_same_run(whole, tmp_path)
+    output = capsys.readouterr().out
+    assert "stopped by a signal" not in output and "\na" in output  # the sample
 
 
 def test_ten_skipped_updates_in_a_row_end_the_run(poison, data, tmp_path):

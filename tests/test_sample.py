@@ -14,6 +14,7 @@ import torch
 from data.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from data.device import can_capture, pick_device
 from data.evaluation import evaluate
+from data.prepare import prepare
 from data.tokens import load_meta, load_tokenizer, open_tokens
 from kha import Config, Transformer
 from sample import (
@@ -143,6 +144,14 @@ def test_text_longer_than_the_context_slides(model, n_prompt):
         plain.append(model(torch.tensor([seen]))[0, -1].argmax().item())
         seen = (seen if len(seen) < 64 else seen[-31:]) + plain[-1:]
     assert samples == [plain, plain]
+
+
+def test_a_context_of_one_token_is_the_last(model):
+    small = Transformer(dataclasses.replace(model.config, block_size=1))
+    small.load_state_dict(model.state_dict())
+    (tokens,) = new_tokens(small.eval(), [5, 6], max_new_tokens=5, temperature=0)
+    seen = [6, *tokens[:-1]]
+    assert tokens == [model(torch.tensor([[token]]))[0, -1].argmax().item() for token in seen]
 
 
 def test_drawn_with_the_cache_as_without(model):
@@ -299,6 +308,14 @@ def test_the_held_out_loss_of_a_checkpoint(whole, data, capsys):
     assert output.startswith(f"{loss:.4f} nats per token, {bits:.4f} bits per byte (3,")
     n = (counts["tokens"] - 1) // 32 * 32  # a sequence that is cut short is not measured
     assert f"({n:,} of {counts['tokens']:,} held-out tokens of " in output
+
+
+def test_of_little_text_all_is_measured(whole, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("1 and 2 are 3\n" * 5)
+    prepare([str(tmp_path / "a.txt")], str(tmp_path / "data"))
+    n = load_meta(tmp_path / "data")["val"]["tokens"]
+    main(["--checkpoint", str(whole), "--device", "cpu", "--evaluate", str(tmp_path / "data")])
+    assert f"({n - 1} of {n} held-out tokens of " in capsys.readouterr().out and n < 32
 
 
 @pytest.mark.parametrize("token", [7, 300])
