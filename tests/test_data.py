@@ -528,7 +528,8 @@ def test_files_of_text(tmp_path, server, ending, inside):
     (tmp_path / "www" / f"a{ending}").write_bytes(pack(ending, text.encode()))
     path = {"named": tmp_path / "www" / f"a{ending}", "folder": tmp_path / "www",
             "url": f"{server}/a{ending}"}[inside]
-    prepare([str(path)], str(tmp_path / "out"))
+    meta = prepare([str(path)], str(tmp_path / "out"))
+    assert meta["sources"] == [str(path)]
     (train,), (val,) = (read_back(str(tmp_path / "out"), split) for split in ("train", "val"))
     assert train + val == text
 
@@ -668,21 +669,6 @@ def server(tmp_path):
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-
-
-def test_url_of_a_text(tmp_path, server):
-    (tmp_path / "www" / "a.txt").write_text("".join(f"line {i}\n" for i in range(100)))
-    meta = prepare([f"{server}/a.txt"], str(tmp_path / "out"))
-    assert meta["sources"] == [f"{server}/a.txt"]
-    assert "".join(read_back(str(tmp_path / "out"), "train")).startswith("line 0\nline 1\n")
-    assert "downloads" not in "".join(os.listdir(tmp_path / "out"))
-
-
-def test_url_of_a_jsonl_gz(tmp_path, server):
-    with gzip.open(tmp_path / "www" / "a.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps({"text": f"text {i}"}) + "\n" for i in range(100))
-    prepare([f"{server}/a.jsonl.gz?download=true"], str(tmp_path / "out"), val_fraction=0.2)
-    assert len(all_documents(str(tmp_path / "out"))) == 100
 
 
 def test_url_with_a_bad_status(tmp_path, server):

@@ -122,8 +122,9 @@ def test_settings_given_with_resume_replace_those_of_the_run(whole, halves, data
 )
 def test_a_resume_says_if_the_learning_rate_jumps(change, rates, halves, capsys, monkeypatch):
     (halves / "step-00000030.pt").unlink()
-    parse_config(["--out", str(halves), "--resume"])
-    assert capsys.readouterr().err == ""
+    for small in ([], ["--lr", "0.0032"]):
+        parse_config(["--out", str(halves), "--resume", *small])
+        assert capsys.readouterr().err == ""
     parse_config(["--out", str(halves), "--resume", *change.split()])
     assert f"warning: the learning rate goes from {rates} at step 21" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")  # of the processes of torchrun only the first one says so

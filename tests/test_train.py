@@ -492,7 +492,6 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
         ("--steps many", "argument --steps: invalid int value: 'many'"),
         ("--steps 0", "steps must be > 0"),
         ("--lr nan", "lr must be > 0"),
-        ("--lr inf", "lr must be > 0"),
         ("--lr 1e39", "lr must be > 0 and < 2^63, not 1e+39"),
         ("--seed 99999999999999999999", "seed must be >= 0 and < 2^63, not 99999999999999999999"),
         ("--weight_decay=-1", "weight_decay must be >= 0"),
@@ -502,7 +501,6 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
         ("--init EMPTY", "--init is empty"),
         ("--n_kv_head 3", "n_head must be a multiple of n_kv_head"),
         ("--head_dim 7", "head_dim must be even"),
-        ("--batch_tokens 100", "batch_tokens must be a multiple of"),
         (
             "--batch_tokens 1024",
             "8 * 256 * 1 = 2048, not 1024: add --batch_tokens 2048 or --micro_batch 4",
