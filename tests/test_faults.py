@@ -314,6 +314,21 @@ def test_a_run_from_before_a_field_has_its_default(halves):
         parse_config([*args, "--no-tie_embeddings"])
 
 
+@pytest.mark.parametrize("weight", [None, torch.zeros(8, 9)], ids=["missing", "of another shape"])
+def test_a_checkpoint_without_all_weights_is_refused(weight, halves, data):
+    checkpoint = load_checkpoint(halves)[1]
+    name, weights = "blocks.0.attn.wv.knock.up", checkpoint["model"]
+    weights[name] = weight
+    if weight is None:
+        del weights[name]
+    del checkpoint["path"]
+    save_checkpoint(halves, checkpoint)
+    before = contents(halves)
+    with pytest.raises(ValueError, match="of step 30 does not hold the weights of its config"):
+        main([*SHORT, "--data", str(data), "--out", str(halves), "--resume", "--steps", "40"])
+    assert contents(halves) == before
+
+
 def test_a_checkpoint_of_another_version_is_refused(halves):
     checkpoint = load_checkpoint(halves)[1]
     save_checkpoint(halves, {**checkpoint, "train": {**checkpoint["train"], "dropout": 0.1}})

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -93,6 +94,8 @@ def test_resume_takes_the_shape_from_the_checkpoint_and_not_from_the_named_confi
         ["toy", "--resume", "--out", str(tmp_path), "--kv_rank", "16"]
     )
     assert (config.attention, config.kv_rank, checkpoint["step"]) == ("mla", 16, 1)
+    shutil.copytree(tmp_path, "out/toy")  # a folder may be moved, here to the default one
+    assert parse_config(["--resume"])[1].out == "out/toy"
 
 
 def test_gradient_accumulation_is_the_large_batch(data, tmp_path):
@@ -147,7 +150,7 @@ def test_learning_rate_warms_up_peaks_and_ends_at_a_tenth():
     settings = TrainConfig(lr=1.0, steps=1000)
     rates = [lr_at(step, settings) for step in range(1000)]
     assert rates[0] == pytest.approx(1 / 50) and rates[49] == 1.0 and max(rates) == 1.0
-    assert rates[525] == pytest.approx(0.55, abs=0.01) and rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert rates[525] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1, abs=1e-3)
     assert all(a > b for a, b in pairwise(rates[50:]))
 
 
