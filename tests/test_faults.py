@@ -610,6 +610,9 @@ def test_what_was_logged_after_the_checkpoint_is_cut_off(end, tmp_path):
     assert path.read_bytes() == b"".join(lines) + b'{"step": 9}\n'
     Log(str(tmp_path), 6, writes=True)
     assert path.read_bytes() == b"".join(lines[:6])
+    path.write_bytes(b"".join(lines)[:-1])  # what comes next would be in the same line
+    with pytest.raises(ValueError, match="log.jsonl is damaged after step 7"):
+        Log(str(tmp_path), 8)
 
 
 @pytest.mark.parametrize("damage", ['"step"; 12', '"step": 12, "loss": "x", "was": 1'])
@@ -622,6 +625,7 @@ def test_a_log_damaged_before_the_checkpoint_is_not_thrown_away(damage, halves, 
         main(args)
     assert path.read_text() == damaged
     path.unlink()  # as the message says
+    Log(str(halves), 30)  # as a run that is killed at its start
     main(args)
 
 

@@ -332,10 +332,10 @@ def test_data_that_have_changed_are_not_measured(token, whole, data, tmp_path, c
 def test_output_that_nobody_reads_ends_quietly(model, tmp_path):
     save(model, tmp_path)
     command = f"{sys.executable} {ROOT}/sample.py --checkpoint {tmp_path}"
-    script = f"{command} --prompt abc --max_new_tokens 60 | head -c 1"
-    done = subprocess.run(script, shell=True, capture_output=True, text=True)
+    script = f"{command} --prompt abc --max_new_tokens 60 | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     note = f"{tmp_path}/best.pt: step 1, held-out loss 1.2500\n"  # and no traceback
-    assert (done.stdout, done.stderr) == ("a", note)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "a", note)
 
 
 def test_an_id_that_is_no_token_is_written_as_unknown(model, capsys):
