@@ -146,14 +146,6 @@ def test_text_longer_than_the_context_slides(model, n_prompt):
     assert samples == [plain, plain]
 
 
-def test_a_context_of_one_token_is_the_last(model):
-    small = Transformer(dataclasses.replace(model.config, block_size=1))
-    small.load_state_dict(model.state_dict())
-    (tokens,) = new_tokens(small.eval(), [5, 6], max_new_tokens=5, temperature=0)
-    seen = [6, *tokens[:-1]]
-    assert tokens == [model(torch.tensor([[token]]))[0, -1].argmax().item() for token in seen]
-
-
 def test_drawn_with_the_cache_as_without(model):
     options = dict(temperature=0.9, top_k=50, top_p=0.9)
     (cached,) = new_tokens(model, [5, 6], max_new_tokens=30, seed=3, **options)
