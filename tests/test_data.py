@@ -175,9 +175,10 @@ def test_duplicates_and_empty_documents_are_dropped(tmp_path):
     write_texts(tmp_path / "in", range(100))
     write_texts(tmp_path / "in" / "copy", range(7))
     (tmp_path / "in" / "empty.txt").touch()
+    write_rows(tmp_path / "in" / "rows.jsonl", ["new", "text number 3\n", "", "new"])
     meta = prepare([str(tmp_path / "in")], str(tmp_path / "out"))
-    assert meta["dropped_documents"] == 8
-    assert meta["train"]["documents"] + meta["val"]["documents"] == 100
+    assert meta["dropped_documents"] == 11
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 101
 
 
 def test_workers_do_not_change_the_output(tmp_path):

@@ -192,6 +192,13 @@ def test_older_forms_of_the_file_are_read(small):
     spelt = ours.encode("<think>", disallowed_special=())  # in a document it is text
     assert ours.decode(spelt) == "<think>" and 600 not in spelt
 
+    content = json.loads(small.to_str())  # two tokens that are not in the vocabulary
+    for i, name in ((600, "<think>"), (601, "<call>")):
+        content["added_tokens"].append(dict(content["added_tokens"][0], id=i, content=name))
+    text = json.dumps(content)
+    assert tokenizers.Tokenizer.from_str(text).token_to_id("<call>") == 601
+    assert JsonTokenizer(text).decode([601]) == "<call>"
+
 
 def change(content, path, value):
     *parents, last = path.split("/")
@@ -203,10 +210,11 @@ def change(content, path, value):
         content[last] = value
 
 
-def split_by(pattern):
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+def split_by(*patterns):
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    splits = [{**split, "pattern": {"Regex": pattern}} for pattern in patterns]
     letters = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    return {"type": "Sequence", "pretokenizers": [{**split, "invert": False}, letters]}
+    return {"type": "Sequence", "pretokenizers": [*splits, letters]}
 
 
 def add_begin():
@@ -226,6 +234,7 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("model/dropout", 0.1, "which has dropout"),
         ("model/byte_fallback", True, "which has byte_fallback"),
         ("model/end_of_word_suffix", "</w>", "which has an end_of_word_suffix"),
+        ("model/continuing_subword_prefix", "##", "which has a continuing_subword_prefix"),
         ("normalizer", {"type": "Lowercase"}, "which has the normalizer .*Lowercase"),
         ("post_processor", add_begin(), "a post_processor .TemplateProcessing. that adds tokens"),
         (
@@ -242,9 +251,15 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("pre_tokenizer", split_by("(?=x)"), "which has a pattern that makes empty pieces"),
         ("pre_tokenizer", split_by(r"\w+|\W*?"), "which has a pattern that makes empty pieces"),
         ("pre_tokenizer", split_by(r"(\w+"), "cannot use the tokenizer"),
-        ("pre_tokenizer", split_by("")["pretokenizers"][1], "which has the pre_tokenizer"),
+        ("pre_tokenizer", split_by("x|[^x]+", ".+|\n"), "which has the pre_tokenizer"),
+        ("pre_tokenizer", split_by()["pretokenizers"][0], "which has the pre_tokenizer"),
         ("pre_tokenizer", None, "damaged or no tokenizer.json"),
         ("added_tokens", [], "which has no added token <|endoftext|>"),
+        (
+            "added_tokens",
+            [{"content": END, "id": 0}, {"content": "", "id": 600}],
+            "the added token '' with the id 600",
+        ),
         ("model/vocab/a", 300, "which has two tokens of one id"),
         ("added_tokens/0/id", 600, "id 600, which transformers takes for 0"),
         ("added_tokens/0/content", "<end>", "id 0, which transformers takes for 600"),
