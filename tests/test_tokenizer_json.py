@@ -252,6 +252,11 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("pre_tokenizer", split_by(r"\w+|\W*?"), "which has a pattern that makes empty pieces"),
         ("pre_tokenizer", split_by(r"(\w+"), "cannot use the tokenizer"),
         ("pre_tokenizer", split_by("x|[^x]+", ".+|\n"), "which has the pre_tokenizer"),
+        (
+            "pre_tokenizer",
+            {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True},
+            "which has the pre_tokenizer .*prefix_space.: true",
+        ),
         ("pre_tokenizer", split_by()["pretokenizers"][0], "which has the pre_tokenizer"),
         ("pre_tokenizer", None, "damaged or no tokenizer.json"),
         ("added_tokens", [], "which has no added token <|endoftext|>"),
