@@ -448,6 +448,13 @@ def test_folder_skips_hidden_files_and_counts_what_is_not_text(tmp_path):
     assert all_documents(str(tmp_path / "out")) == sorted(f"text number {i}\n" for i in range(100))
 
 
+def test_files_come_in_the_same_order_on_every_disk(tmp_path):
+    for name in random.Random(0).sample(range(100, 200), 50):
+        write_texts(tmp_path / str(name), [2, 1])
+    paths = list(documents.find_files(tmp_path))
+    assert len(paths) == 100 and paths == sorted(paths)
+
+
 def test_links_to_folders_are_followed_and_circles_end(tmp_path):
     write_texts(tmp_path / "other" / "deep", range(100, 150))
     write_texts(tmp_path / "in" / "b", range(50))
@@ -555,6 +562,9 @@ def test_a_folder_of_code_with_files_of_other_rows(tmp_path):
     result = run(tmp_path / "in", "--out", tmp_path / "out")
     assert result.returncode == 0 and "skipped 4 files without text and 0 bad rows" in result.stdout
     assert len(all_documents(str(tmp_path / "out"))) == 100
+    (tmp_path / "in" / "log.jsonl").write_text('{"step": 1}\n' * 99 + '{"text": "one of 100"}\n')
+    with pytest.raises(ValueError, match="11 of 11 rows, more than 1%, have no valid text"):
+        prepare([str(tmp_path / "in")], str(tmp_path / "again"))
 
 
 def test_what_a_csv_may_hold(tmp_path):

@@ -341,12 +341,16 @@ def test_an_id_that_is_no_token_is_written_as_unknown(model, capsys):
     assert "\ufffd" in capsys.readouterr().out
 
 
-def test_the_device_is_what_was_asked_for():
+def test_the_device_is_what_was_asked_for(monkeypatch):
     assert pick_device("cpu") == "cpu"
     with pytest.raises(
         ValueError, match="device 'cuda:0' is not available here: choose from .*cpu"
     ):
         pick_device("cuda:0")
+    for there, best in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        assert pick_device("auto") == best
 
 
 @pytest.mark.parametrize(
