@@ -134,9 +134,6 @@ def test_the_pipeline_writes_what_we_write(kind, experts, byte, tmp_path, capfd)
     pipeline = transformers.pipeline(
         "text-generation", str(tmp_path / "hf"), trust_remote_code=True
     )
-    assert pipeline.tokenizer.model_max_length == 128
-    text = "do n't , it 's . "  # transformers may move punctuation
-    assert pipeline.tokenizer.decode(byte.encode(text)) == text
     for prompt in ("naïve", "two\n  lines"):
         (written,) = pipeline(prompt, max_new_tokens=30, do_sample=False)
         capfd.readouterr()

@@ -28,6 +28,7 @@ QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LINES = r"^[a-z]+|\s+|\S"  # ^ is the start of each line there
 TINY = "--batch_tokens 256 --steps 4 --eval_every 4 --save_every 4 --eval_tokens 512".split()
 TINY += ["--device", "cpu"]
 BITS = [
@@ -139,8 +140,9 @@ def test_transformers_takes_the_exported_tokenizer(tmp_path):
 # --- in ---
 
 
-@pytest.mark.parametrize("pattern", [QWEN, *NAMES])
-@pytest.mark.parametrize("normalizer", [None, "NFC"])
+@pytest.mark.parametrize(
+    "pattern,normalizer", [*itertools.product([QWEN, *NAMES], [None, "NFC"]), (LINES, None)]
+)
 def test_we_have_the_ids_of_the_library(pattern, normalizer, monkeypatch):
     if pattern in NAMES:
         pattern = pattern_of(pattern, monkeypatch).replace("{1,3}+", "{1,3}")
@@ -245,12 +247,14 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("pre_tokenizer", DIGITS, "which has the pre_tokenizer .*Digits"),
         ("pre_tokenizer", {"type": "Metaspace", "replacement": "_"}, "pre_tokenizer .*Metaspace"),
         ("pre_tokenizer", split_by("[0-9]{1,3}+|."), "which has the pre_tokenizer"),
-        ("pre_tokenizer", split_by(r"\w+|\s+"), "which has a pattern that leaves characters out"),
+        ("pre_tokenizer", split_by(r"[a-z]+|\s+"), "which has a pattern that leaves characters out"),
         ("pre_tokenizer", split_by("none"), "which has a pattern that leaves characters out"),
         ("pre_tokenizer", split_by("x*"), "which has a pattern that makes empty pieces"),
         ("pre_tokenizer", split_by("(?=x)"), "which has a pattern that makes empty pieces"),
-        ("pre_tokenizer", split_by(r"\w+|\W*?"), "which has a pattern that makes empty pieces"),
-        ("pre_tokenizer", split_by(r"(\w+"), "cannot use the tokenizer"),
+        ("pre_tokenizer", split_by("[a-z]+|[^a-z]*?"), "which has a pattern that makes empty pieces"),
+        ("pre_tokenizer", split_by("([a-z]+"), "cannot use the tokenizer"),
+        ("pre_tokenizer", split_by(r"\w+|\W"), "which has the pre_tokenizer"),
+        ("pre_tokenizer", split_by(r"[a-z]+\b|(?s:.)"), "which has the pre_tokenizer"),
         ("pre_tokenizer", split_by("x|[^x]+", ".+|\n"), "which has the pre_tokenizer"),
         (
             "pre_tokenizer",
