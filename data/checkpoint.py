@@ -69,8 +69,14 @@ def copy(tree, memory=None, keep: bool = True):
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict) -> None:
     """Put a checkpoint's tensors into a model and an optimizer, in place.
 
-    Of the optimizer's state only the moments are taken, not its settings.
+    Of the optimizer's state only the moments are taken, not its settings. Raises ValueError if the
+    weights of a run that goes on are not those of its config.
     """
+    saved = {name: weight.shape for name, weight in checkpoint["model"].items()}
+    wanted = {name: weight.shape for name, weight in model.state_dict().items()}
+    if checkpoint["step"] > 0 and saved != wanted:  # strict does not find what is missing
+        raise ValueError(f"the checkpoint of step {checkpoint['step']} does not hold the weights of"
+                         " its config: remove it, and --resume goes on from the one before")
     # What a new run starts from may lack knocks: then these keep their own start.
     options = sharded.StateDictOptions(full_state_dict=True, strict=checkpoint["step"] > 0)
     sharded.set_model_state_dict(model, checkpoint["model"], options=options)

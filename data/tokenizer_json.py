@@ -18,6 +18,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 END = "<|endoftext|>"  # the token that ends a document
 PIECES = "(?s:.{1,64})"  # a pattern for tokenizers without merges: any pieces will do
 POSSESSIVE = re.compile(r"(\{\d+(?:,\d*)?\})\+")  # \p{N}{1,3}+ means more than {1,3} there
+WORDS = re.compile(r"\\[wWbB]")  # there ½ belongs to a word, here U+200D does
 
 
 def byte_letters() -> list[str]:
@@ -150,7 +151,8 @@ def read_pattern(cut: dict, merges: bool) -> str:
         pattern = split.get("pattern", {}).get("Regex")
         how = split.get("type"), split.get("behavior"), split.get("invert")
         keeps = ("Split", "Isolated", False), ("Split", "Removed", True)
-        if how in keeps and not cuts and pattern and not POSSESSIVE.search(pattern):
+        differs = pattern and (POSSESSIVE.search(pattern) or WORDS.search(pattern))
+        if how in keeps and not cuts and pattern and not differs:
             return f"(?m){pattern}"  # ^ and $ are of lines there
     raise ValueError(f"the pre_tokenizer {json.dumps(cut)[:200]}")
 

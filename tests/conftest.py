@@ -7,6 +7,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +58,28 @@ def whole(data, tmp_path_factory):
 def halves(whole, tmp_path):
     """A copy of `whole` for a test to disturb."""
     return shutil.copytree(whole, tmp_path / "halves")
+
+
+@pytest.fixture
+def strict_disk(monkeypatch):
+    """A disk on which a file, or a folder, gets its last name only after its content is there."""
+    fsync, synced = os.fsync, set()
+
+    def remember(number):
+        fsync(number)
+        synced.add(os.fstat(number).st_ino)
+
+    def check(rename):
+        def strict(source, target):
+            files = Path(source).iterdir() if os.path.isdir(source) else [source]
+            assert {os.stat(file).st_ino for file in files} <= synced
+            rename(source, target)
+
+        return strict
+
+    monkeypatch.setattr(os, "fsync", remember)
+    monkeypatch.setattr(os, "rename", check(os.rename))
+    monkeypatch.setattr(os, "replace", check(os.replace))
 
 
 @pytest.fixture

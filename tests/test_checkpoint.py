@@ -44,7 +44,7 @@ def tiny_checkpoint(step):
     }
 
 
-def test_checkpoints_come_back_and_the_last_two_are_kept(tmp_path):
+def test_checkpoints_come_back_and_the_last_two_are_kept(tmp_path, strict_disk):
     folder = tmp_path / "run [1]"  # a name that is also a pattern
     folder.mkdir()
     for step in (5, 10, 100):
@@ -59,16 +59,20 @@ def test_checkpoints_come_back_and_the_last_two_are_kept(tmp_path):
         load_checkpoint(folder / "none.pt")
 
 
-def test_the_best_is_kept_beside_the_last_two(tmp_path):
+@pytest.mark.parametrize("resumes", [False, True])
+def test_the_best_is_kept_beside_the_last_two(resumes, tmp_path):
     """A step that was not evaluated has no loss. Of equal losses the first stays the best."""
-    losses, bests = [3.0, 2.0, None, 2.0, 2.5, 1.0], [1, 2, 2, 2, 2, 6]
+    losses, bests = [3.0, 2.0, None, 2.0, 2.5, 2.2, 1.0], [1, 2, 2, 2, 2, 2, 7]
+    saver = Saver(tmp_path, start=0, held_out=8)
     for step, (loss, best) in enumerate(zip(losses, bests, strict=True), start=1):
-        with Saver(tmp_path, start=step - 1, held_out=8) as saver:  # as a run that is resumed
-            saver.save({**tiny_checkpoint(step)[1], "val_loss": loss})
+        saver.save({**tiny_checkpoint(step)[1], "val_loss": loss})
+        saver.wait()
         checkpoint = load_checkpoint(tmp_path)[1]
         assert checkpoint["step"] == best and checkpoint["path"] == f"{tmp_path}/best.pt"
+        if resumes:
+            saver = Saver(tmp_path, start=step, held_out=8)
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["best.pt", "step-00000005.pt", "step-00000006.pt"]
+    assert files == ["best.pt", "step-00000006.pt", "step-00000007.pt"]
 
 
 def test_what_a_killed_run_left_is_not_written_to(tmp_path):
@@ -83,7 +87,9 @@ def test_what_a_killed_run_left_is_not_written_to(tmp_path):
     assert files == ["best.pt", "step-00000001.pt", "step-00000002.pt"]
 
 
-def test_on_a_disk_without_second_names_the_best_is_a_whole_copy(tmp_path, monkeypatch):
+def test_on_a_disk_without_second_names_the_best_is_a_whole_copy(
+    tmp_path, monkeypatch, strict_disk
+):
     def no_links(*_):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 

@@ -122,13 +122,31 @@ def test_settings_given_with_resume_replace_those_of_the_run(whole, halves, data
 )
 def test_a_resume_says_if_the_learning_rate_jumps(change, rates, halves, capsys, monkeypatch):
     (halves / "step-00000030.pt").unlink()
-    parse_config(["--out", str(halves), "--resume"])
-    assert capsys.readouterr().err == ""
+    for small in ([], ["--lr", "0.0032"]):
+        parse_config(["--out", str(halves), "--resume", *small])
+        assert capsys.readouterr().err == ""
     parse_config(["--out", str(halves), "--resume", *change.split()])
     assert f"warning: the learning rate goes from {rates} at step 21" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")  # of the processes of torchrun only the first one says so
     parse_config(["--out", str(halves), "--resume", *change.split()])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux")
+def test_a_run_does_not_keep_the_file_from_which_it_goes_on(halves, data, monkeypatch):
+    """The file is mapped into memory. If it stayed there, its space would not be free when the run
+    has removed it."""
+    lr_at, maps = train.lr_at, []
+
+    def look(step, settings):
+        with open("/proc/self/maps") as file:
+            maps.append(file.read())
+        return lr_at(step, settings)
+
+    monkeypatch.setattr(train, "lr_at", look)
+    (halves / "step-00000030.pt").unlink()
+    main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
+    assert "step-00000020.pt" in maps[0] and "step-00000020.pt" not in maps[-1]
 
 
 def test_a_run_cannot_go_back(halves, data):
@@ -296,6 +314,21 @@ def test_a_run_from_before_a_field_has_its_default(halves):
         parse_config([*args, "--no-tie_embeddings"])
 
 
+@pytest.mark.parametrize("weight", [None, torch.zeros(8, 9)], ids=["missing", "of another shape"])
+def test_a_checkpoint_without_all_weights_is_refused(weight, halves, data):
+    checkpoint = load_checkpoint(halves)[1]
+    name, weights = "blocks.0.attn.wv.knock.up", checkpoint["model"]
+    weights[name] = weight
+    if weight is None:
+        del weights[name]
+    del checkpoint["path"]
+    save_checkpoint(halves, checkpoint)
+    before = contents(halves)
+    with pytest.raises(ValueError, match="of step 30 does not hold the weights of its config"):
+        main([*SHORT, "--data", str(data), "--out", str(halves), "--resume", "--steps", "40"])
+    assert contents(halves) == before
+
+
 def test_a_checkpoint_of_another_version_is_refused(halves):
     checkpoint = load_checkpoint(halves)[1]
     save_checkpoint(halves, {**checkpoint, "train": {**checkpoint["train"], "dropout": 0.1}})
@@ -379,6 +412,24 @@ run_script(lambda argv: (print(argv[0]), os.kill(os.getpid(), signal.SIGKILL)))
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, shown), done.stderr
 
 
+@pytest.mark.parametrize(
+    "what,code,shown",
+    [("KeyboardInterrupt", 130, ""), ("OSError('two\\n lines')", 2, "ends.py: error: two lines\n")],
+)
+def test_what_ends_a_script_is_one_line_at_most(what, code, shown, tmp_path):
+    script = tmp_path / "ends.py"
+    script.write_text(f"""
+from data.script import run_script
+
+def main(argv):
+    raise {what}
+
+run_script(main)
+""")
+    done = train_script(script=script)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", shown)
+
+
 def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
     progress = Progress(total=3, done=0)
     for step, seconds in ((1, 3600), (2, -1), (3, 3600)):
@@ -393,7 +444,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys)
 
 @pytest.fixture
 def poison(monkeypatch):
-    """A function that makes the loss NaN (with `gradient` only the gradient) in the updates that it
+    """A function that makes the loss NaN (or with `gradient` the gradient) in the updates that it
     is given, counted from 1. It returns a dict that gets the weights before each update."""
     lr_at, forward, now = train.lr_at, Transformer.forward, {}
 
@@ -413,9 +464,10 @@ def poison(monkeypatch):
                         for name, x in model.state_dict().items()
                         if "load" not in name
                     }
-                if now["step"] in steps:
+                if now["step"] in steps and gradient:
                     loss.register_hook(lambda grad: grad * float("nan"))
-                    return loss if gradient else loss * float("nan")
+                elif now["step"] in steps:
+                    return loss + float("nan")
             return loss
 
         monkeypatch.setattr(train, "lr_at", at)
@@ -427,7 +479,7 @@ def poison(monkeypatch):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_an_update_that_is_not_finite_is_skipped_and_logged(gradient, poison, data, tmp_path):
-    weights = poison({3, 14, 15}, gradient)
+    weights = poison({3, 14, 15, 30}, gradient)
     main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
     for step in range(1, 30):
         unchanged = all(
@@ -436,10 +488,12 @@ def test_an_update_that_is_not_finite_is_skipped_and_logged(gradient, poison, da
         assert unchanged == (step in (3, 14, 15))
     updates, before = read_log(tmp_path)[0], 0
     for line in updates:  # the data of an update is a function of its step
-        assert line["skipped"] == before + (line["step"] in (3, 14, 15))
-        assert (line["grad_norm"] == "nan") == (line["step"] in (3, 14, 15))
+        skipped = line["step"] in (3, 14, 15, 30)
+        assert line["skipped"] == before + skipped
+        assert (line["grad_norm" if gradient else "loss"] == "nan") == skipped
         before = line["skipped"]
     assert all(x.isfinite().all() for x in weights_of(tmp_path).values())
+    assert "step-00000030.pt" in names(tmp_path)  # the end is saved all the same
 
 
 def test_skipped_updates_count_on_after_a_resume(poison, data, tmp_path):
@@ -469,6 +523,20 @@ def test_a_run_saved_before_its_first_update_goes_on_the_same(poison, data, tmp_
     monkeypatch.setattr(train, "lr_at", lr_at)
     main([*args, str(tmp_path / "halves"), "--resume"])
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
+
+
+def test_a_signal_in_the_last_update_changes_nothing(whole, data, tmp_path, monkeypatch, capsys):
+    def late(step, settings):
+        if step == 29:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return lr_at(step, settings)
+
+    lr_at = train.lr_at
+    monkeypatch.setattr(train, "lr_at", late)
+    main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
+    assert_same_run(whole, tmp_path)
+    output = capsys.readouterr().out
+    assert "stopped by a signal" not in output and "\na" in output  # the sample
 
 
 def test_ten_skipped_updates_in_a_row_end_the_run(poison, data, tmp_path):
@@ -542,6 +610,9 @@ def test_what_was_logged_after_the_checkpoint_is_cut_off(end, tmp_path):
     assert path.read_bytes() == b"".join(lines) + b'{"step": 9}\n'
     Log(str(tmp_path), 6, writes=True)
     assert path.read_bytes() == b"".join(lines[:6])
+    path.write_bytes(b"".join(lines)[:-1])  # what comes next would be in the same line
+    with pytest.raises(ValueError, match="log.jsonl is damaged after step 7"):
+        Log(str(tmp_path), 8)
 
 
 @pytest.mark.parametrize("damage", ['"step"; 12', '"step": 12, "loss": "x", "was": 1'])
@@ -554,6 +625,7 @@ def test_a_log_damaged_before_the_checkpoint_is_not_thrown_away(damage, halves, 
         main(args)
     assert path.read_text() == damaged
     path.unlink()  # as the message says
+    Log(str(halves), 30)  # as a run that is killed at its start
     main(args)
 
 

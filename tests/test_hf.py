@@ -94,7 +94,7 @@ def test_transformers_computes_what_we_exported(kind, heads, experts, stock, byt
     loaded, report = load(tmp_path / "hf", output_loading_info=True)
     prefix = "KHA" if code else ""
     assert type(loaded).__name__ == f"{prefix}{stock}ForCausalLM"
-    assert loaded.config.eos_token_id == 256
+    assert loaded.config.eos_token_id == loaded.config.bos_token_id == 256
     assert not any(report.values())
     with safetensors.safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}  # transformers 4 asks for it
@@ -192,7 +192,7 @@ def test_what_transformers_has_not_is_refused(overrides, message, byte, tmp_path
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
-def test_export_overwrites_nothing(byte, tmp_path):
+def test_export_overwrites_nothing(byte, tmp_path, strict_disk):
     model = ours()
     (tmp_path / "note").write_text("mine")
     for there in (tmp_path, tmp_path / "note"):
@@ -277,9 +277,10 @@ def test_we_compute_what_we_imported(heads, kind, shards, tmp_path):
     assert_same(fresh, model)
 
 
-def test_import_reads_older_configs_and_other_dtypes(tmp_path):
+@pytest.mark.parametrize("base", [500, "removed"])
+def test_import_reads_older_configs_and_other_dtypes(base, tmp_path):
     theirs(**ROPE).bfloat16().save_pretrained(tmp_path)
-    edit_config(tmp_path, rope_parameters="removed", rope_theta=500, rope_scaling=None)
+    edit_config(tmp_path, rope_parameters="removed", rope_theta=base, rope_scaling=None)
     imported = import_hf(tmp_path, block_size=64)
     assert imported.config.block_size == 64
     assert {p.dtype for p in imported.parameters()} == {torch.float32}

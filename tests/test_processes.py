@@ -180,7 +180,8 @@ def test_a_folder_takes_one_run_at_a_time(start, data, tmp_path):
 
 @pytest.fixture
 def dying(tmp_path):
-    """train.py, but its rank 1 dies at step 14 unless torchrun has restarted it."""
+    """train.py, but its rank 1 gets SIGKILL, or the signal in the environment, at step 14 unless
+    torchrun has restarted it."""
     path = tmp_path / "dying.py"
     path.write_text("""
 import os, signal, train
@@ -190,7 +191,7 @@ lr_at = train.lr_at
 def die(step, settings):
     restarts = os.environ["TORCHELASTIC_RESTART_COUNT"]
     if step == 13 and os.environ["RANK"] == "1" and restarts == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.Signals[os.environ.get("SIGNAL", "SIGKILL")])
     return lr_at(step, settings)
 
 train.lr_at = die
@@ -205,6 +206,13 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(dying, data, tmp_path):
     assert done.returncode != 0
     assert "rank      : 1 (local_rank: 1)" in done.stderr and "SIGKILL" in done.stderr
     assert names(tmp_path / "run") == ["best.pt", "log.jsonl", "step-00000010.pt"]
+
+
+def test_a_signal_to_one_process_stops_them_all(dying, data, tmp_path):
+    args = [*SCALE, "--data", data, "--out", tmp_path / "run"]
+    done = train_script(*args, n_process=2, script=dying, env={"SIGNAL": "SIGTERM"})
+    assert done.returncode == 0, done.stderr
+    assert "stopped by a signal, saved after step 14 of 20: --resume goes on" in done.stdout
 
 
 def test_torchrun_restarts_a_run_where_it_was(runs, dying, data, tmp_path):

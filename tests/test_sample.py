@@ -14,6 +14,7 @@ import torch
 from data.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from data.device import can_capture, pick_device
 from data.evaluation import evaluate
+from data.prepare import prepare
 from data.tokens import load_meta, load_tokenizer, open_tokens
 from kha import Config, Transformer
 from sample import (
@@ -215,9 +216,12 @@ def test_each_sample_stops_at_end_of_text(model):
     [
         ([], {}, "the prompt is empty"),
         ([320], {}, "outside the model's vocabulary of 320"),
+        ([-1], {}, "outside the model's vocabulary of 320"),
         ([1], dict(n_samples=0), "at least 1"),
         ([1], dict(top_p=0), "top_p"),
+        ([1], dict(top_p=1.1), "top_p"),
         ([1], dict(temperature=-1), "temperature"),
+        ([1], dict(temperature=math.nan), "temperature"),
         ([1], dict(top_k=-1), "top_k"),
         ([1], dict(seed=2**64), "seed must be from .* not 18446744073709551616"),
         ([1], dict(seed=-(2**63) - 1), "seed must be"),
@@ -231,10 +235,12 @@ def test_generate_refuses_in_one_line(model, prompt, options, message):
 
 def test_characters_of_several_bytes_are_written_whole(model, capsys):
     text = "naïve – 漢字"
-    ids = load_tokenizer("byte").encode(text)
+    ids, prompts = load_tokenizer("byte").encode(text), []
 
     class Parrot(Transformer):  # says the text, byte by byte, whatever it is asked
         def forward(self, tokens, targets=None, position=None, cache=None):
+            if position is None:
+                prompts.append(tokens.tolist())
             said = 0 if position is None else position.item()
             return torch.nn.functional.one_hot(torch.tensor([[ids[said]]]), 320).float()
 
@@ -244,6 +250,9 @@ def test_characters_of_several_bytes_are_written_whole(model, capsys):
     assert capsys.readouterr().out == text + "\n"
     write_samples(parrot, load_tokenizer("byte"), "", max_new_tokens=len(ids) - 1, temperature=0)
     assert capsys.readouterr().out == text[:-1] + "\ufffd\n"  # it ends within a character
+    assert prompts == [[[256]]] * 2  # an empty prompt is the start of a document
+    write_samples(parrot, load_tokenizer("byte"), "<|endoftext|>", max_new_tokens=1)
+    assert prompts[-1] == [list(b"<|endoftext|>")]  # in a prompt it is text, as in a document
 
 
 def test_the_script(model, tmp_path):
@@ -296,6 +305,14 @@ def test_the_held_out_loss_of_a_checkpoint(whole, data, capsys):
     assert f"({n:,} of {counts['tokens']:,} held-out tokens of " in output
 
 
+def test_of_little_text_all_is_measured(whole, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("1 and 2 are 3\n" * 5)
+    prepare([str(tmp_path / "a.txt")], str(tmp_path / "data"))
+    n = load_meta(tmp_path / "data")["val"]["tokens"]
+    main(["--checkpoint", str(whole), "--device", "cpu", "--evaluate", str(tmp_path / "data")])
+    assert f"({n - 1} of {n} held-out tokens of " in capsys.readouterr().out and n < 32
+
+
 @pytest.mark.parametrize("token", [7, 300])
 def test_data_that_have_changed_are_not_measured(token, whole, data, tmp_path, capsys):
     other = shutil.copytree(data, tmp_path / "data")
@@ -310,10 +327,10 @@ def test_data_that_have_changed_are_not_measured(token, whole, data, tmp_path, c
 def test_output_that_nobody_reads_ends_quietly(model, tmp_path):
     save(model, tmp_path)
     command = f"{sys.executable} {ROOT}/sample.py --checkpoint {tmp_path}"
-    script = f"{command} --prompt abc --max_new_tokens 60 | head -c 1"
-    done = subprocess.run(script, shell=True, capture_output=True, text=True)
+    script = f"{command} --prompt abc --max_new_tokens 60 | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     note = f"{tmp_path}/best.pt: step 1, held-out loss 1.2500\n"  # and no traceback
-    assert (done.stdout, done.stderr) == ("a", note)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "a", note)
 
 
 def test_an_id_that_is_no_token_is_written_as_unknown(model, capsys):
@@ -327,12 +344,16 @@ def test_an_id_that_is_no_token_is_written_as_unknown(model, capsys):
     assert "\ufffd" in capsys.readouterr().out
 
 
-def test_the_device_is_what_was_asked_for():
+def test_the_device_is_what_was_asked_for(monkeypatch):
     assert pick_device("cpu") == "cpu"
     with pytest.raises(
         ValueError, match="device 'cuda:0' is not available here: choose from .*cpu"
     ):
         pick_device("cuda:0")
+    for there, best in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        assert pick_device("auto") == best
 
 
 @pytest.mark.parametrize(

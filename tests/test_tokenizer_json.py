@@ -16,8 +16,8 @@ import sample
 import train
 from data.checkpoint import load_checkpoint
 from data.prepare import prepare
-from data.tokenizer_json import JsonTokenizer, to_json
-from data.tokens import load_meta, load_tokenizer, open_tokens
+from data.tokenizer_json import END, JsonTokenizer, to_json
+from data.tokens import check_tokenizer, load_meta, load_tokenizer, open_tokens
 from tests.runs import ROOT, SHORT
 
 transformers = pytest.importorskip("transformers")
@@ -28,6 +28,7 @@ QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LINES = r"^[a-z]+|\s+|\S"  # ^ is the start of each line there
 TINY = "--batch_tokens 256 --steps 4 --eval_every 4 --save_every 4 --eval_tokens 512".split()
 TINY += ["--device", "cpu"]
 BITS = [
@@ -139,8 +140,9 @@ def test_transformers_takes_the_exported_tokenizer(tmp_path):
 # --- in ---
 
 
-@pytest.mark.parametrize("pattern", [QWEN, *NAMES])
-@pytest.mark.parametrize("normalizer", [None, "NFC"])
+@pytest.mark.parametrize(
+    "pattern,normalizer", [*itertools.product([QWEN, *NAMES], [None, "NFC"]), (LINES, None)]
+)
 def test_we_have_the_ids_of_the_library(pattern, normalizer, monkeypatch):
     if pattern in NAMES:
         pattern = pattern_of(pattern, monkeypatch).replace("{1,3}+", "{1,3}")
@@ -167,6 +169,8 @@ def test_a_file_that_transformers_has_saved_is_read(small, tmp_path):
     transformers.AutoTokenizer.from_pretrained(export).save_pretrained(tmp_path / "again")
     again = load_tokenizer(str(tmp_path / "again" / "tokenizer.json"))
     assert again.encode("naïve") == load_tokenizer("byte").encode("naïve")
+    file.write_text(f"\n {file.read_text()}")  # a checkpoint has its text
+    assert load_tokenizer(load_tokenizer(str(file)).text).encode("a") == small.encode("a").ids
 
 
 def test_older_forms_of_the_file_are_read(small):
@@ -190,6 +194,13 @@ def test_older_forms_of_the_file_are_read(small):
     spelt = ours.encode("<think>", disallowed_special=())  # in a document it is text
     assert ours.decode(spelt) == "<think>" and 600 not in spelt
 
+    content = json.loads(small.to_str())  # two tokens that are not in the vocabulary
+    for i, name in ((600, "<think>"), (601, "<call>")):
+        content["added_tokens"].append(dict(content["added_tokens"][0], id=i, content=name))
+    text = json.dumps(content)
+    assert tokenizers.Tokenizer.from_str(text).token_to_id("<call>") == 601
+    assert JsonTokenizer(text).decode([601]) == "<call>"
+
 
 def change(content, path, value):
     *parents, last = path.split("/")
@@ -201,10 +212,11 @@ def change(content, path, value):
         content[last] = value
 
 
-def split_by(pattern):
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+def split_by(*patterns):
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    splits = [{**split, "pattern": {"Regex": pattern}} for pattern in patterns]
     letters = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    return {"type": "Sequence", "pretokenizers": [{**split, "invert": False}, letters]}
+    return {"type": "Sequence", "pretokenizers": [*splits, letters]}
 
 
 def add_begin():
@@ -224,6 +236,7 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("model/dropout", 0.1, "which has dropout"),
         ("model/byte_fallback", True, "which has byte_fallback"),
         ("model/end_of_word_suffix", "</w>", "which has an end_of_word_suffix"),
+        ("model/continuing_subword_prefix", "##", "which has a continuing_subword_prefix"),
         ("normalizer", {"type": "Lowercase"}, "which has the normalizer .*Lowercase"),
         ("post_processor", add_begin(), "a post_processor .TemplateProcessing. that adds tokens"),
         (
@@ -234,15 +247,28 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("pre_tokenizer", DIGITS, "which has the pre_tokenizer .*Digits"),
         ("pre_tokenizer", {"type": "Metaspace", "replacement": "_"}, "pre_tokenizer .*Metaspace"),
         ("pre_tokenizer", split_by("[0-9]{1,3}+|."), "which has the pre_tokenizer"),
-        ("pre_tokenizer", split_by(r"\w+|\s+"), "which has a pattern that leaves characters out"),
+        ("pre_tokenizer", split_by("[a-z]+| +"), "which has a pattern that leaves characters out"),
         ("pre_tokenizer", split_by("none"), "which has a pattern that leaves characters out"),
         ("pre_tokenizer", split_by("x*"), "which has a pattern that makes empty pieces"),
         ("pre_tokenizer", split_by("(?=x)"), "which has a pattern that makes empty pieces"),
-        ("pre_tokenizer", split_by(r"\w+|\W*?"), "which has a pattern that makes empty pieces"),
-        ("pre_tokenizer", split_by(r"(\w+"), "cannot use the tokenizer"),
-        ("pre_tokenizer", split_by("")["pretokenizers"][1], "which has the pre_tokenizer"),
+        ("pre_tokenizer", split_by("x+|[^x]*?"), "which has a pattern that makes empty pieces"),
+        ("pre_tokenizer", split_by("([a-z]+"), "cannot use the tokenizer"),
+        ("pre_tokenizer", split_by(r"\w+|\W"), "which has the pre_tokenizer"),
+        ("pre_tokenizer", split_by(r"[a-z]+\b|(?s:.)"), "which has the pre_tokenizer"),
+        ("pre_tokenizer", split_by("x|[^x]+", ".+|\n"), "which has the pre_tokenizer"),
+        (
+            "pre_tokenizer",
+            {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True},
+            "which has the pre_tokenizer .*prefix_space.: true",
+        ),
+        ("pre_tokenizer", split_by()["pretokenizers"][0], "which has the pre_tokenizer"),
         ("pre_tokenizer", None, "damaged or no tokenizer.json"),
         ("added_tokens", [], "which has no added token <|endoftext|>"),
+        (
+            "added_tokens",
+            [{"content": END, "id": 0}, {"content": "", "id": 600}],
+            "the added token '' with the id 600",
+        ),
         ("model/vocab/a", 300, "which has two tokens of one id"),
         ("added_tokens/0/id", 600, "id 600, which transformers takes for 0"),
         ("added_tokens/0/content", "<end>", "id 0, which transformers takes for 600"),
@@ -377,8 +403,9 @@ def test_the_file_goes_along(small, counting, data, tmp_path, capfd):
     assert (tmp_path / "hf" / "tokenizer.json").read_text() == content
 
 
-def test_a_replaced_file_is_refused(small, counting, tmp_path):
+def test_a_replaced_file_is_refused(small, counting, tmp_path, monkeypatch):
     """Also one of the same size and time, in which two letters have changed places."""
+    monkeypatch.setattr("data.tokenizer_json.check_pattern", lambda _: None)  # takes a second
     own, out = tmp_path / "own", tmp_path / "out"
     small.save(str(tmp_path / "my.json"))
     prepare([counting], str(own), tokenizer=str(tmp_path / "my.json"))
@@ -386,6 +413,12 @@ def test_a_replaced_file_is_refused(small, counting, tmp_path):
     before, status = path.read_text(), path.stat()
     swapped = before.replace('"a": 65', '"a": 66').replace('"b": 66', '"b": 65')
     assert load_tokenizer(swapped).decode([65]) == "b"
+    moved = before.replace('"id": 0', '"id": 600').replace(f'"{END}": 0', f'"{END}": 600')
+    assert load_tokenizer(moved).eot_token == 600
+    check_tokenizer(str(own), json.dumps(json.loads(before), indent=4))
+    for other in (swapped, moved):
+        with pytest.raises(ValueError, match=f"{own} is in tokens of {path} and the model in"):
+            check_tokenizer(str(own), other)
     path.write_text(swapped)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_size == status.st_size
