@@ -74,11 +74,11 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
     """
     saved = {name: weight.shape for name, weight in checkpoint["model"].items()}
     wanted = {name: weight.shape for name, weight in model.state_dict().items()}
-    if checkpoint["step"] > 0 and saved != wanted:  # strict does not find what is missing
+    if checkpoint["step"] > 0 and saved != wanted:
         raise ValueError(f"the checkpoint of step {checkpoint['step']} does not hold the weights of"
                          " its config: remove it, and --resume goes on from the one before")
     # What a new run starts from may lack knocks: then these keep their own start.
-    options = sharded.StateDictOptions(full_state_dict=True, strict=checkpoint["step"] > 0)
+    options = sharded.StateDictOptions(full_state_dict=True, strict=False)
     sharded.set_model_state_dict(model, checkpoint["model"], options=options)
     if "optimizer" not in checkpoint:
         return
