@@ -77,8 +77,9 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
     if checkpoint["step"] > 0 and saved != wanted:
         raise ValueError(f"the checkpoint of step {checkpoint['step']} does not hold the weights of"
                          " its config: remove it, and --resume goes on from the one before")
-    # What a new run starts from may lack knocks: then these keep their own start.
-    options = sharded.StateDictOptions(full_state_dict=True, strict=False)
+    # What a new run starts from may lack knocks: then these keep their own start. In a run that is
+    # resumed, strict finds a weight without moments. It does not find a missing weight.
+    options = sharded.StateDictOptions(full_state_dict=True, strict=checkpoint["step"] > 0)
     sharded.set_model_state_dict(model, checkpoint["model"], options=options)
     if "optimizer" not in checkpoint:
         return

@@ -412,6 +412,14 @@ run_script(lambda argv: (print(argv[0]), os.kill(os.getpid(), signal.SIGKILL)))
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, shown), done.stderr
 
 
+def test_a_weight_without_its_moments_is_refused(halves, data):
+    checkpoint = load_checkpoint(halves)[1]
+    del checkpoint["optimizer"]["state"]["blocks.0.attn.wv.knock.up"], checkpoint["path"]
+    save_checkpoint(halves, checkpoint)
+    with pytest.raises((RuntimeError, LookupError), match=r"blocks\.0\.attn\.wv\.knock\.up"):
+        main([*SHORT, "--data", str(data), "--out", str(halves), "--resume", "--steps", "40"])
+
+
 @pytest.mark.parametrize(
     "what,code,shown",
     [("KeyboardInterrupt", 130, ""), ("OSError('two\\n lines')", 2, "ends.py: error: two lines\n")],
