@@ -22,7 +22,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
 
 import torch
 from tqdm import tqdm
@@ -227,12 +227,13 @@ def check_new(out: str) -> None:
         raise ValueError(
             f"{out} holds a run already: add --resume to go on with it, or choose another --out"
         )
-    log = Path(out, "log.jsonl")
-    if log.exists() and len(log.read_bytes().splitlines()) > 1:
-        raise ValueError(
-            f"{out} holds the log of a run without checkpoints: choose another --out (with --resume"
-            " the run starts again, and replaces the log)"
-        )
+    with suppress(FileNotFoundError), open(os.path.join(out, "log.jsonl"), "rb") as file:
+        file.readline()
+        if file.readline():
+            raise ValueError(
+                f"{out} holds the log of a run without checkpoints: choose another --out (with"
+                " --resume the run starts again, and replaces the log)"
+            )
 
 
 class Progress:
