@@ -18,6 +18,7 @@ from data.checkpoint import load_checkpoint
 from data.prepare import prepare
 from data.tokenizer_json import END, JsonTokenizer, to_json
 from data.tokens import check_tokenizer, load_meta, load_tokenizer, open_tokens
+from tests.reference import theirs
 from tests.runs import ROOT, SHORT
 
 transformers = pytest.importorskip("transformers")
@@ -445,8 +446,6 @@ def test_data_of_a_version_that_kept_no_hash_of_the_file_are_refused(small, coun
 
 
 def test_a_model_trains_on_in_its_own_tokens_only(small, counting, data, tmp_path):
-    from tests.reference import theirs
-
     model, own, out = tmp_path / "qwen", tmp_path / "own", tmp_path / "out"
     theirs(vocab_size=640).save_pretrained(model)
     words = ["--init", str(model), "--block_size", "32", "--micro_batch", "4", *TINY]
