@@ -6,14 +6,18 @@ import os
 # the fastest for small models, and processes of many threads stand in each other's way.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import io
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from data.prepare import prepare
-from tests.runs import SHORT, start_script
+from data.script import run_script
+from tests.runs import SHORT, start_process
 from train import main
 
 
@@ -83,12 +87,28 @@ def strict_disk(monkeypatch):
 
 
 @pytest.fixture
+def run_here(monkeypatch, capsys):
+    """A function that runs the `main` of a script in this process, with these words after its name.
+    It returns what runs.run_process would return, without the seconds in which a process starts."""
+
+    def run(main, *words, stdin=b""):
+        monkeypatch.setattr(sys, "argv", [main.__code__.co_filename, *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_script(main)
+        return subprocess.CompletedProcess(words, end.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
 def start():
-    """runs.start_script; what still runs when the test ends is killed."""
+    """runs.start_process; what still runs when the test ends is killed."""
     processes = []
 
     def start(*args, **how):
-        processes.append(start_script(*args, **how))
+        processes.append(start_process(*args, **how))
         return processes[-1]
 
     yield start

@@ -1,13 +1,17 @@
-"""Runs of train.py for the tests: a tiny mixture of experts with knocks, started as a user does."""
+"""What tests of the scripts share: runs of train.py, a tiny mixture of experts with knocks, started
+as a user does; and what they leave in files."""
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 
 import train
@@ -53,8 +57,8 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def train_script(*args, preexec_fn=None, env=None, **how):
-    """Run the script to its end; `env` adds to the environment."""
+def run_process(*args, preexec_fn=None, env=None, **how):
+    """Run a script to its end; `env` adds to the environment."""
     return subprocess.run(
         command(*args, **how),
         env={**environment(), **(env or {})},
@@ -65,8 +69,8 @@ def train_script(*args, preexec_fn=None, env=None, **how):
     )
 
 
-def start_script(*args, preexec_fn=None, **how):
-    """Start the script, as a process with its output in `stdout`."""
+def start_process(*args, preexec_fn=None, **how):
+    """Start a script, as a process with its output in `stdout`."""
     return subprocess.Popen(
         command(*args, **how),
         env=environment(),
@@ -101,6 +105,24 @@ def stop_at(step, args):
 
     with mock.patch.object(train, "lr_at", interrupt):
         train.main(args)
+
+
+def change_token(path, token):
+    """Put a token in the middle of a file of tokens."""
+    tokens = np.fromfile(path, dtype=np.uint16)
+    tokens[len(tokens) // 2] = token
+    tokens.tofile(path)
+
+
+@contextmanager
+def limit_files(size):
+    """In this context no file can grow past `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names(out):

@@ -33,7 +33,7 @@ from tests.runs import (
     lines_of,
     names,
     stop_at,
-    train_script,
+    run_process,
     untimed,
     weights_of,
 )
@@ -283,7 +283,7 @@ def test_with_all_checkpoints_damaged_nothing_is_touched(halves):
     for path in halves.glob("*.pt"):
         path.write_bytes(cut(path.read_bytes()))
     before = contents(halves)
-    done = train_script("--out", halves, "--resume")
+    done = run_process("--out", halves, "--resume")
     assert done.returncode == 2 and done.stdout == ""
     *warnings, error = done.stderr.splitlines()
     assert len(warnings) == 2 and all("warning" in warning for warning in warnings)
@@ -359,7 +359,7 @@ def limit_files(size):
 def test_a_disk_full_while_saving_leaves_the_earlier_checkpoint(whole, halves, data):
     (halves / "step-00000030.pt").unlink()
     args = [*SHORT, "--data", data, "--out", halves, "--resume"]
-    done = train_script(*args, preexec_fn=lambda: limit_files(50_000))
+    done = run_process(*args, preexec_fn=lambda: limit_files(50_000))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert (
         f"error: cannot save to {halves}" in done.stderr
@@ -374,7 +374,7 @@ def test_a_disk_full_while_logging_leaves_half_a_line_at_most(whole, halves, dat
     (halves / "step-00000030.pt").unlink()
     size = len((halves / "log.jsonl").read_bytes()) - 100
     args = [*SHORT, "--data", data, "--out", halves, "--resume"]
-    done = train_script(*args, preexec_fn=lambda: limit_files(size))
+    done = run_process(*args, preexec_fn=lambda: limit_files(size))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"error: cannot write {halves}/log.jsonl" in done.stderr
     main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
@@ -408,7 +408,7 @@ from data.script import run_script
 run_script(lambda argv: (print(argv[0]), os.kill(os.getpid(), signal.SIGKILL)))
 """)
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-    done = train_script(text, script=script, env={"PYTHONIOENCODING": encoding})
+    done = run_process(text, script=script, env={"PYTHONIOENCODING": encoding})
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, shown), done.stderr
 
 
@@ -434,7 +434,7 @@ def main(argv):
 
 run_script(main)
 """)
-    done = train_script(script=script)
+    done = run_process(script=script)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", shown)
 
 

@@ -19,7 +19,7 @@ from tests.runs import (
     has_line,
     lines_of,
     names,
-    train_script,
+    run_process,
     wait_for,
     weights_of,
 )
@@ -34,7 +34,7 @@ def go(way, *args):
     args = [*map(str, args), "--parallel", parallel]
     if not n_process:
         return main(args)
-    done = train_script(*args, n_process=n_process)
+    done = run_process(*args, n_process=n_process)
     assert done.returncode == 0, done.stderr
 
 
@@ -170,7 +170,7 @@ def test_a_folder_takes_one_run_at_a_time(start, data, tmp_path):
     first = start(*args)
     wait_for(has_line(tmp_path), first)
     for option, message in (("--seed=1", "holds the log of"), ("--resume", "another run is")):
-        second = train_script(*SHORT, "--data", data, "--out", tmp_path, option)
+        second = run_process(*SHORT, "--data", data, "--out", tmp_path, option)
         assert second.returncode == 2 and "error: " in second.stderr and message in second.stderr
     first.terminate()
     assert "saved after step" in first.communicate(timeout=LIMIT)[0]
@@ -202,7 +202,7 @@ train.run_script(train.main)
 
 def test_a_rank_that_dies_ends_the_others_and_is_named(dying, data, tmp_path):
     args = [*SCALE, "--data", data, "--out", tmp_path / "run"]
-    done = train_script(*args, n_process=2, script=dying)
+    done = run_process(*args, n_process=2, script=dying)
     assert done.returncode != 0
     assert "rank      : 1 (local_rank: 1)" in done.stderr and "SIGKILL" in done.stderr
     assert names(tmp_path / "run") == ["best.pt", "log.jsonl", "step-00000010.pt"]
@@ -210,14 +210,14 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(dying, data, tmp_path):
 
 def test_a_signal_to_one_process_stops_them_all(dying, data, tmp_path):
     args = [*SCALE, "--data", data, "--out", tmp_path / "run"]
-    done = train_script(*args, n_process=2, script=dying, env={"SIGNAL": "SIGTERM"})
+    done = run_process(*args, n_process=2, script=dying, env={"SIGNAL": "SIGTERM"})
     assert done.returncode == 0, done.stderr
     assert "stopped by a signal, saved after step 14 of 20: --resume goes on" in done.stdout
 
 
 def test_torchrun_restarts_a_run_where_it_was(runs, dying, data, tmp_path):
     args = [*SCALE, "--data", data, "--out", tmp_path / "run", "--resume"]
-    done = train_script(*args, n_process=2, restarts=1, script=dying)
+    done = run_process(*args, n_process=2, restarts=1, script=dying)
     assert done.returncode == 0, done.stderr
     assert "going on after step 10" in done.stdout
     assert_same_run(runs["ddp2"], tmp_path / "run")
@@ -235,7 +235,7 @@ if os.environ["RANK"] == "1":
 train.run_script(train.main)
 """)
     args = [*SHORT, "--micro_batch", 2, "--data", data, "--resume", "--out", halves]
-    done = train_script(*args, n_process=2, script=script)
+    done = run_process(*args, n_process=2, script=script)
     assert done.returncode != 0
     assert "error: the processes found different checkpoints" in done.stderr
     assert not (tmp_path / "other").exists()
@@ -243,7 +243,7 @@ train.run_script(train.main)
 
 def test_bad_input_ends_all_processes(data, tmp_path):
     args = [*SHORT, "--data", tmp_path / "nowhere", "--out", tmp_path / "run"]
-    done = train_script(*args, n_process=2)
+    done = run_process(*args, n_process=2)
     assert done.returncode != 0 and "train.py: error: no prepared data in" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -259,6 +259,6 @@ atexit.register(os.abort)
 train.run_script(train.main)
 """)
     args = [*SHORT, "--parallel", "fsdp", "--steps", 1, "--data", data, "--out", tmp_path / "run"]
-    done = train_script(*args, n_process=1, script=script)
+    done = run_process(*args, n_process=1, script=script)
     assert done.returncode == 0, done.stderr
     assert "\na" in done.stdout and done.stdout.endswith("\n")  # the sample is all there

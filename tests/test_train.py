@@ -32,7 +32,7 @@ from tests.runs import (
     equal_weights,
     lines_of,
     stop_at,
-    train_script,
+    run_process,
     weights_of,
 )
 from train import TrainConfig, lr_at, main, make_optimizer, parse_config
@@ -456,7 +456,7 @@ def test_bytes_that_are_not_text_are_refused(option):
 
 
 def test_help_says_what_each_option_is():
-    words = " ".join(train_script("--help").stdout.split())
+    words = " ".join(run_process("--help").stdout.split())
     lr = "--lr float peak, after 5% warm-up; a cosine takes it to 10%"
     assert f"{lr} (default: 0.00075, or the config's own)" in words
     assert "--attention str gqa, gta or mla (default: gqa)" in words
@@ -553,7 +553,7 @@ def test_bad_input_is_one_line_and_touches_nothing(args, message, data, tmp_path
         "NEW": tmp_path / "new",
         "EMPTY": "",
     }
-    done = train_script(
+    done = run_process(
         *(places.get(word, word) for word in args.split()),
         *([] if "--out" in args else ["--out", tmp_path / "new"]),
     )
