@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,16 +18,9 @@ from data.evaluation import evaluate
 from data.prepare import prepare
 from data.tokens import load_meta, load_tokenizer, open_tokens
 from kha import Config, Transformer
-from sample import (
-    Cache,
-    compile_steps,
-    generate,
-    main,
-    sample_logits,
-    write_samples,
-)
+from sample import Cache, compile_steps, generate, main, sample_logits, write_samples
 from tests.reference import scramble
-from tests.runs import ROOT
+from tests.runs import ROOT, change_token
 
 TINY = dict(
     vocab_size=320, block_size=64, n_layer=2, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=32
@@ -49,16 +43,6 @@ def save(model, folder):
     save_checkpoint(folder, {**weights, **rest}, best=True)
 
 
-def sample(*args, stdin=""):
-    done = subprocess.run(
-        [sys.executable, ROOT / "sample.py", *map(str, args)],
-        input=stdin,
-        capture_output=True,
-        text=True,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.mark.parametrize("prompt", [[5], list(range(30))], ids=["one token", "thirty"])
 def test_with_the_cache_as_without(model, prompt):
     (cached,) = new_tokens(model, prompt, max_new_tokens=30, temperature=0)
@@ -66,6 +50,237 @@ def test_with_the_cache_as_without(model, prompt):
     for _ in range(30):
         plain.append(model(torch.tensor([plain]))[0, -1].argmax().item())
     assert cached == plain[len(prompt) :]
+
+
+@pytest.mark.parametrize("n_prompt", [1, 20, 63, 64, 100])
+def test_text_longer_than_the_context_slides(model, n_prompt):
+    """The model sees the end of a long prompt; a full context goes on from its last half."""
+    prompt = torch.randint(320, (n_prompt,)).tolist()
+    samples = new_tokens(model, prompt, n_samples=2, max_new_tokens=150, temperature=0)
+    seen, plain = prompt[-64:], []
+    for _ in range(150):
+        plain.append(model(torch.tensor([seen]))[0, -1].argmax().item())
+        seen = (seen if len(seen) < 64 else seen[-31:]) + plain[-1:]
+    assert samples == [plain, plain]
+
+
+def test_drawn_with_the_cache_as_without(model):
+    options = dict(temperature=0.9, top_k=50, top_p=0.9)
+    (cached,) = new_tokens(model, [5, 6], max_new_tokens=30, seed=3, **options)
+    plain, generator = [5, 6], torch.Generator().manual_seed(3)
+    for _ in range(30):
+        logits = model(torch.tensor([plain]))[:, -1]
+        plain.append(sample_logits(logits, generator=generator, **options).item())
+    assert cached == plain[2:]
+
+
+def test_a_batch_of_samples_differs_and_the_seed_repeats(model):
+    def draw(seed):
+        options = dict(n_samples=3, max_new_tokens=20, temperature=1.0)
+        return new_tokens(model, [1], seed=seed, **options)
+
+    assert draw(0) == draw(0) != draw(1)
+    assert len({tuple(sample) for sample in draw(0)}) == 3
+    greedy = new_tokens(model, [1], n_samples=2, max_new_tokens=20, temperature=0)
+    assert greedy[0] == greedy[1] == new_tokens(model, [1], max_new_tokens=20, temperature=0)[0]
+
+
+def test_top_k_top_p_and_temperature():
+    logits = torch.tensor([[0.5, 0.1, 0.3, 0.1 - 1e-6]]).log().expand(4000, -1)
+
+    def share(temperature=1, top_k=0, top_p=1):
+        tokens = sample_logits(logits, temperature, top_k, top_p, generator=None)
+        return (tokens.bincount(minlength=4) / 4000).tolist()
+
+    torch.manual_seed(0)
+    assert share() == pytest.approx([0.5, 0.1, 0.3, 0.1], abs=0.04)
+    assert share(top_k=2) == pytest.approx([5 / 8, 0, 3 / 8, 0], abs=0.04)
+    # Of the likeliest, 0.5 is too little for 0.6, and 0.8 is enough.
+    assert share(top_p=0.6) == pytest.approx([5 / 8, 0, 3 / 8, 0], abs=0.04)
+    assert share(top_p=0.4) == [1, 0, 0, 0]
+    equal = torch.zeros(4000, 4)  # two tokens have exactly a half
+    drawn = sample_logits(equal, temperature=1, top_k=0, top_p=0.5, generator=None)
+    assert len(drawn.unique()) == 2
+    assert share(temperature=0) == [1, 0, 0, 0]
+    for tiny in (1e-39, 1e-300):  # in float32 the quotients are infinite, and the second is 0
+        assert sample_logits(logits[:1, [1, 0]], tiny, 0, 1, generator=None) == 1
+        assert sample_logits(logits[:1, [1, 0]], tiny, 0, 0.9, generator=None) == 1
+    assert share(temperature=0.5)[0] == pytest.approx(0.25 / (0.25 + 0.09 + 0.02), abs=0.04)
+
+
+def test_ids_outside_the_tokenizer_are_never_drawn(model):
+    (tokens,) = new_tokens(model, [1], max_new_tokens=60, temperature=5.0, n_vocab=10)
+    assert max(tokens) < 10
+
+
+def test_each_sample_stops_at_end_of_text(model):
+    options = dict(n_samples=4, max_new_tokens=60, temperature=3.0, n_vocab=8, eot=7)
+    samples = new_tokens(model, [1], **options)
+    assert all(7 not in tokens for tokens in samples)
+    for tokens in samples:
+        length = tokens.index(None) if None in tokens else len(tokens)
+        assert None not in tokens[:length] and set(tokens[length:]) <= {None}
+    assert sum(None in tokens for tokens in samples) > 1
+    shortest = max(len(tokens) - tokens.count(None) for tokens in samples)
+    assert len(samples[0]) <= shortest + 1  # nothing is computed once all have ended
+
+
+@pytest.mark.parametrize(
+    "prompt,options,message",
+    [
+        ([], {}, "the prompt is empty"),
+        ([320], {}, "outside the model's vocabulary of 320"),
+        ([-1], {}, "outside the model's vocabulary of 320"),
+        ([1], dict(n_samples=0), "at least 1"),
+        ([1], dict(top_p=0), "top_p"),
+        ([1], dict(top_p=1.1), "top_p"),
+        ([1], dict(temperature=-1), "temperature"),
+        ([1], dict(temperature=math.nan), "temperature"),
+        ([1], dict(top_k=-1), "top_k"),
+        ([1], dict(seed=2**64), "seed must be from .* not 18446744073709551616"),
+        ([1], dict(seed=-(2**63) - 1), "seed must be"),
+    ],
+)
+def test_generate_refuses_in_one_line(model, prompt, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        next(generate(model, prompt, **{"max_new_tokens": 5, **options}))
+    assert "\n" not in str(error.value)
+
+
+def test_characters_of_several_bytes_are_written_whole(model, capsys):
+    text = "naïve – 漢字"
+    ids, prompts = load_tokenizer("byte").encode(text), []
+
+    class Parrot(Transformer):  # says the text, byte by byte, whatever it is asked
+        def forward(self, tokens, targets=None, position=None, cache=None):
+            if position is None:
+                prompts.append(tokens.tolist())
+            said = 0 if position is None else position.item()
+            return torch.nn.functional.one_hot(torch.tensor([[ids[said]]]), 320).float()
+
+    with torch.device("cpu"):
+        parrot = Parrot(Config(**TINY))
+    write_samples(parrot, load_tokenizer("byte"), "", max_new_tokens=len(ids), temperature=0)
+    assert capsys.readouterr().out == text + "\n"
+    write_samples(parrot, load_tokenizer("byte"), "", max_new_tokens=len(ids) - 1, temperature=0)
+    assert capsys.readouterr().out == text[:-1] + "\ufffd\n"  # it ends within a character
+    assert prompts == [[[256]]] * 2  # an empty prompt is the start of a document
+    write_samples(parrot, load_tokenizer("byte"), "<|endoftext|>", max_new_tokens=1)
+    assert prompts[-1] == [list(b"<|endoftext|>")]  # in a prompt it is text, as in a document
+
+
+def test_the_script_writes_samples(model, tmp_path, run_here):
+    save(model, tmp_path)
+    words = ["--checkpoint", tmp_path, "--max_new_tokens", 10]
+    one = run_here(main, *words, "--prompt", "def").stdout
+    assert one.startswith("def") and len(one) > 10
+    assert run_here(main, *words, "--prompt", "-", stdin=b"def").stdout == one
+    several = run_here(main, *words, "--n_samples", 3).stdout.split("\n")
+    rulers = ["--- 1 of 3 ---", "--- 2 of 3 ---", "--- 3 of 3 ---"]
+    assert [line for line in several if line.startswith("--- ")] == rulers
+
+
+@pytest.mark.parametrize(
+    "args,message",
+    [
+        ("--checkpoint none.pt", "no checkpoint at"),
+        ("--checkpoint broken.pt", "damaged"),
+        ("--top 5", "unknown option --top: did you mean --top_"),
+        ("--device tpu", "device 'tpu' is not available"),
+        ("--seed x", "invalid int value"),
+        ("--prompt -", "the prompt is not UTF-8 text"),
+        ("--prompt a\udcff", "--prompt a? is not UTF-8 text"),
+        ("--evaluate a --export_hf b", "give one of them"),
+        ("--evaluate a --top_p 0.5", "--top_p changes nothing in"),
+        ("--export_hf a --prompt b", "--prompt changes nothing"),
+        ("--export_hf EMPTY", "--export_hf is empty"),
+        ("--device cpu --compile", "--compile is for CUDA"),
+    ],
+)
+def test_bad_input_is_one_line(args, message, model, tmp_path, run_here):
+    save(model, tmp_path)
+    checkpoint = tmp_path / "step-00000001.pt"
+    Path("broken.pt").write_bytes(checkpoint.read_bytes()[:1000])
+    words = ["" if word == "EMPTY" else word for word in args.split()]
+    done = run_here(main, "--checkpoint", checkpoint, *words, stdin=b"a\xff")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("sample.py: error: ") and message in done.stderr
+
+
+def test_the_held_out_loss_of_a_checkpoint(whole, data, capsys):
+    main(["--checkpoint", str(whole), "--device", "cpu", "--evaluate", str(data)])
+    counts, (model, _) = load_meta(data)["val"], load_checkpoint(whole)
+    loss = evaluate(model, open_tokens(data, "val"), 32, 8, "cpu").item()
+    bits = loss / math.log(2) * counts["tokens"] / counts["bytes"]
+    output = capsys.readouterr().out
+    assert output.startswith(f"{loss:.4f} nats per token, {bits:.4f} bits per byte (3,")
+    n = (counts["tokens"] - 1) // 32 * 32  # a sequence that is cut short is not measured
+    assert f"({n:,} of {counts['tokens']:,} held-out tokens of " in output
+
+
+def test_of_little_text_all_is_measured(whole, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("1 and 2 are 3\n" * 5)
+    prepare([str(tmp_path / "a.txt")], str(tmp_path / "data"))
+    n = load_meta(tmp_path / "data")["val"]["tokens"]
+    main(["--checkpoint", str(whole), "--device", "cpu", "--evaluate", str(tmp_path / "data")])
+    assert f"({n - 1} of {n} held-out tokens of " in capsys.readouterr().out and n < 32
+
+
+def test_data_that_have_changed_are_not_measured(whole, data, tmp_path, capsys):
+    other = shutil.copytree(data, tmp_path / "data")
+    change_token(other / "val.bin", 7)
+    with pytest.raises(ValueError, match="has changed since it was"):
+        main(["--checkpoint", str(whole), "--device", "cpu", "--evaluate", str(other)])
+    assert capsys.readouterr().out == ""
+
+
+def test_output_that_nobody_reads_ends_quietly(model, tmp_path):
+    save(model, tmp_path)
+    command = f"{sys.executable} {ROOT}/sample.py --checkpoint {tmp_path}"
+    script = f"{command} --prompt abc --max_new_tokens 60 | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    note = f"{tmp_path}/best.pt: step 1, held-out loss 1.2500\n"  # and no traceback
+    assert (done.returncode, done.stdout, done.stderr) == (141, "a", note)
+
+
+def test_an_id_that_is_no_token_is_written_as_unknown(model, capsys):
+    ranks, special = {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 319}
+    tokenizer = tiktoken.Encoding(
+        "gap", pat_str=".", mergeable_ranks=ranks, special_tokens=special
+    )
+    write_samples(model, tokenizer, "a", n_samples=3, max_new_tokens=40, temperature=5.0)
+    assert "\ufffd" in capsys.readouterr().out
+
+
+# --- on a GPU ---
+
+
+def test_the_device_is_what_was_asked_for(monkeypatch):
+    assert pick_device("cpu") == "cpu"
+    message = "device 'cuda:0' is not available here: choose from .*cpu"
+    with pytest.raises(ValueError, match=message):
+        pick_device("cuda:0")
+    for there, best in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        assert pick_device("auto") == best
+
+
+@pytest.mark.parametrize(
+    "n_moe,chip,dtype,takes",
+    [
+        (0, 8, torch.float32, True),
+        (1, 8, torch.bfloat16, False),
+        (1, 9, torch.float32, False),
+        (1, 9, torch.bfloat16, True),
+    ],
+)
+def test_graphs_are_for_what_needs_no_cpu(n_moe, chip, dtype, takes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (chip, 0))
+    weight = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype)
+    embed = SimpleNamespace(weight=weight)
+    fake = SimpleNamespace(embed=embed, moes=lambda: [None] * n_moe, compute_dtype=None)
+    assert can_capture(fake) == takes and not can_capture(Transformer(Config(**TINY)))
 
 
 @pytest.mark.parametrize("n_prompt", [1, 62, 63, 64, 70], ids=lambda n: f"{n} of 64")
@@ -132,243 +347,3 @@ def test_the_end_of_the_model_is_compiled_with_its_blocks(model, monkeypatch):
     compile_steps(model, 1)
     assert new_tokens(model, [5, 6, 7], **options) == eager
     assert (1, 1, 32) in calls
-
-
-@pytest.mark.parametrize("n_prompt", [1, 20, 63, 64, 100])
-def test_text_longer_than_the_context_slides(model, n_prompt):
-    """The model sees the end of a long prompt; a full context goes on from its last half."""
-    prompt = torch.randint(320, (n_prompt,)).tolist()
-    samples = new_tokens(model, prompt, n_samples=2, max_new_tokens=150, temperature=0)
-    seen, plain = prompt[-64:], []
-    for _ in range(150):
-        plain.append(model(torch.tensor([seen]))[0, -1].argmax().item())
-        seen = (seen if len(seen) < 64 else seen[-31:]) + plain[-1:]
-    assert samples == [plain, plain]
-
-
-def test_drawn_with_the_cache_as_without(model):
-    options = dict(temperature=0.9, top_k=50, top_p=0.9)
-    (cached,) = new_tokens(model, [5, 6], max_new_tokens=30, seed=3, **options)
-    plain, generator = [5, 6], torch.Generator().manual_seed(3)
-    for _ in range(30):
-        plain.append(
-            sample_logits(
-                model(torch.tensor([plain]))[:, -1], generator=generator, **options
-            ).item()
-        )
-    assert cached == plain[2:]
-
-
-def test_a_batch_of_samples_differs_and_the_seed_repeats(model):
-    def draw(seed):
-        options = dict(n_samples=3, max_new_tokens=20, temperature=1.0)
-        return new_tokens(model, [1], seed=seed, **options)
-
-    assert draw(0) == draw(0) != draw(1)
-    assert len({tuple(sample) for sample in draw(0)}) == 3
-    greedy = new_tokens(model, [1], n_samples=2, max_new_tokens=20, temperature=0)
-    assert greedy[0] == greedy[1] == new_tokens(model, [1], max_new_tokens=20, temperature=0)[0]
-
-
-def test_top_k_top_p_and_temperature():
-    logits = torch.tensor([[0.5, 0.1, 0.3, 0.1 - 1e-6]]).log().expand(4000, -1)
-
-    def share(temperature=1, top_k=0, top_p=1):
-        tokens = sample_logits(logits, temperature, top_k, top_p, generator=None)
-        return (tokens.bincount(minlength=4) / 4000).tolist()
-
-    torch.manual_seed(0)
-    assert share() == pytest.approx([0.5, 0.1, 0.3, 0.1], abs=0.04)
-    assert share(top_k=2) == pytest.approx([5 / 8, 0, 3 / 8, 0], abs=0.04)
-    # Of the likeliest, 0.5 is too little for 0.6, and 0.8 is enough.
-    assert share(top_p=0.6) == pytest.approx([5 / 8, 0, 3 / 8, 0], abs=0.04)
-    assert share(top_p=0.4) == [1, 0, 0, 0]
-    equal = torch.zeros(4000, 4)  # two tokens have exactly a half
-    drawn = sample_logits(equal, temperature=1, top_k=0, top_p=0.5, generator=None)
-    assert len(drawn.unique()) == 2
-    assert share(temperature=0) == [1, 0, 0, 0]
-    for tiny in (1e-39, 1e-300):  # in float32 the quotients are infinite, and the second is 0
-        assert sample_logits(logits[:1, [1, 0]], tiny, 0, 1, generator=None) == 1
-        assert sample_logits(logits[:1, [1, 0]], tiny, 0, 0.9, generator=None) == 1
-    assert share(temperature=0.5)[0] == pytest.approx(0.25 / (0.25 + 0.09 + 0.02), abs=0.04)
-
-
-def test_ids_outside_the_tokenizer_are_never_drawn(model):
-    (tokens,) = new_tokens(model, [1], max_new_tokens=60, temperature=5.0, n_vocab=10)
-    assert max(tokens) < 10
-
-
-def test_each_sample_stops_at_end_of_text(model):
-    samples = new_tokens(
-        model, [1], n_samples=4, max_new_tokens=60, temperature=3.0, n_vocab=8, eot=7
-    )
-    assert all(7 not in tokens for tokens in samples)
-    for tokens in samples:
-        length = tokens.index(None) if None in tokens else len(tokens)
-        assert None not in tokens[:length] and set(tokens[length:]) <= {None}
-    assert sum(None in tokens for tokens in samples) > 1
-    shortest = max(len(tokens) - tokens.count(None) for tokens in samples)
-    assert len(samples[0]) <= shortest + 1  # nothing is computed once all have ended
-
-
-@pytest.mark.parametrize(
-    "prompt,options,message",
-    [
-        ([], {}, "the prompt is empty"),
-        ([320], {}, "outside the model's vocabulary of 320"),
-        ([-1], {}, "outside the model's vocabulary of 320"),
-        ([1], dict(n_samples=0), "at least 1"),
-        ([1], dict(top_p=0), "top_p"),
-        ([1], dict(top_p=1.1), "top_p"),
-        ([1], dict(temperature=-1), "temperature"),
-        ([1], dict(temperature=math.nan), "temperature"),
-        ([1], dict(top_k=-1), "top_k"),
-        ([1], dict(seed=2**64), "seed must be from .* not 18446744073709551616"),
-        ([1], dict(seed=-(2**63) - 1), "seed must be"),
-    ],
-)
-def test_generate_refuses_in_one_line(model, prompt, options, message):
-    with pytest.raises(ValueError, match=message) as error:
-        next(generate(model, prompt, **{"max_new_tokens": 5, **options}))
-    assert "\n" not in str(error.value)
-
-
-def test_characters_of_several_bytes_are_written_whole(model, capsys):
-    text = "naïve – 漢字"
-    ids, prompts = load_tokenizer("byte").encode(text), []
-
-    class Parrot(Transformer):  # says the text, byte by byte, whatever it is asked
-        def forward(self, tokens, targets=None, position=None, cache=None):
-            if position is None:
-                prompts.append(tokens.tolist())
-            said = 0 if position is None else position.item()
-            return torch.nn.functional.one_hot(torch.tensor([[ids[said]]]), 320).float()
-
-    with torch.device("cpu"):
-        parrot = Parrot(Config(**TINY))
-    write_samples(parrot, load_tokenizer("byte"), "", max_new_tokens=len(ids), temperature=0)
-    assert capsys.readouterr().out == text + "\n"
-    write_samples(parrot, load_tokenizer("byte"), "", max_new_tokens=len(ids) - 1, temperature=0)
-    assert capsys.readouterr().out == text[:-1] + "\ufffd\n"  # it ends within a character
-    assert prompts == [[[256]]] * 2  # an empty prompt is the start of a document
-    write_samples(parrot, load_tokenizer("byte"), "<|endoftext|>", max_new_tokens=1)
-    assert prompts[-1] == [list(b"<|endoftext|>")]  # in a prompt it is text, as in a document
-
-
-def test_the_script(model, tmp_path):
-    save(model, tmp_path)
-    path = tmp_path / "step-00000001.pt"
-    code, one, _ = sample("--checkpoint", path, "--prompt", "def", "--max_new_tokens", 10)
-    assert code == 0 and one.startswith("def")
-    code, piped, _ = sample(
-        "--checkpoint", path, "--prompt", "-", "--max_new_tokens", 10, stdin="def"
-    )
-    assert piped == one
-    code, several, _ = sample("--checkpoint", path, "--n_samples", 3, "--max_new_tokens", 10)
-    assert code == 0 and [line for line in several.split("\n") if line.startswith("--- ")] == [
-        "--- 1 of 3 ---",
-        "--- 2 of 3 ---",
-        "--- 3 of 3 ---",
-    ]
-
-    command = [sys.executable, ROOT / "sample.py", "--checkpoint", path, "--prompt", "-"]
-    done = subprocess.run(command, input=b"a\xff", capture_output=True)
-    assert done.returncode == 2 and b"the prompt is not UTF-8 text" in done.stderr
-
-    broken = tmp_path / "broken.pt"
-    broken.write_bytes(path.read_bytes()[:1000])
-    for args, message in [
-        (("--checkpoint", tmp_path / "none.pt"), "no checkpoint at"),
-        (("--checkpoint", broken), "damaged"),
-        (("--checkpoint", path, "--top", 5), "unknown option --top: did you mean --top_"),
-        (("--checkpoint", path, "--device", "tpu"), "device 'tpu' is not available"),
-        (("--checkpoint", path, "--seed", "x"), "invalid int value"),
-        (("--checkpoint", path, "--evaluate", "a", "--export_hf", "b"), "give one of them"),
-        (("--checkpoint", path, "--evaluate", "a", "--top_p", 0.5), "--top_p changes nothing in"),
-        (("--checkpoint", path, "--export_hf", "a", "--prompt", "b"), "--prompt changes nothing"),
-        (("--checkpoint", path, "--device", "cpu", "--compile"), "--compile is for CUDA"),
-        (("--checkpoint", path, "--export_hf", ""), "--export_hf is empty"),
-        (("--checkpoint", path, "--prompt", "a\udcff"), "--prompt a? is not UTF-8 text"),
-    ]:
-        code, out, err = sample(*args)
-        assert (code, out, err.count("\n")) == (2, "", 1) and message in err
-
-
-def test_the_held_out_loss_of_a_checkpoint(whole, data, capsys):
-    main(["--checkpoint", str(whole), "--device", "cpu", "--evaluate", str(data)])
-    counts, (model, _) = load_meta(data)["val"], load_checkpoint(whole)
-    loss = evaluate(model, open_tokens(data, "val"), 32, 8, "cpu").item()
-    bits = loss / math.log(2) * counts["tokens"] / counts["bytes"]
-    output = capsys.readouterr().out
-    assert output.startswith(f"{loss:.4f} nats per token, {bits:.4f} bits per byte (3,")
-    n = (counts["tokens"] - 1) // 32 * 32  # a sequence that is cut short is not measured
-    assert f"({n:,} of {counts['tokens']:,} held-out tokens of " in output
-
-
-def test_of_little_text_all_is_measured(whole, tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("1 and 2 are 3\n" * 5)
-    prepare([str(tmp_path / "a.txt")], str(tmp_path / "data"))
-    n = load_meta(tmp_path / "data")["val"]["tokens"]
-    main(["--checkpoint", str(whole), "--device", "cpu", "--evaluate", str(tmp_path / "data")])
-    assert f"({n - 1} of {n} held-out tokens of " in capsys.readouterr().out and n < 32
-
-
-@pytest.mark.parametrize("token", [7, 300])
-def test_data_that_have_changed_are_not_measured(token, whole, data, tmp_path, capsys):
-    other = shutil.copytree(data, tmp_path / "data")
-    tokens = open_tokens(other, "val").copy()
-    tokens[100] = token
-    tokens.tofile(other / "val.bin")
-    with pytest.raises(ValueError, match="has changed since it was|outside its vocabulary"):
-        main(["--checkpoint", str(whole), "--device", "cpu", "--evaluate", str(other)])
-    assert capsys.readouterr().out == ""
-
-
-def test_output_that_nobody_reads_ends_quietly(model, tmp_path):
-    save(model, tmp_path)
-    command = f"{sys.executable} {ROOT}/sample.py --checkpoint {tmp_path}"
-    script = f"{command} --prompt abc --max_new_tokens 60 | head -c 1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
-    note = f"{tmp_path}/best.pt: step 1, held-out loss 1.2500\n"  # and no traceback
-    assert (done.returncode, done.stdout, done.stderr) == (141, "a", note)
-
-
-def test_an_id_that_is_no_token_is_written_as_unknown(model, capsys):
-    tokenizer = tiktoken.Encoding(
-        "gap",
-        pat_str=".",
-        mergeable_ranks={bytes([b]): b for b in range(256)},
-        special_tokens={"<|endoftext|>": 319},
-    )
-    write_samples(model, tokenizer, "a", n_samples=3, max_new_tokens=40, temperature=5.0)
-    assert "\ufffd" in capsys.readouterr().out
-
-
-def test_the_device_is_what_was_asked_for(monkeypatch):
-    assert pick_device("cpu") == "cpu"
-    with pytest.raises(
-        ValueError, match="device 'cuda:0' is not available here: choose from .*cpu"
-    ):
-        pick_device("cuda:0")
-    for there, best in ((False, "cpu"), (True, "cuda")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-        assert pick_device("auto") == best
-
-
-@pytest.mark.parametrize(
-    "n_moe,chip,dtype,takes",
-    [
-        (0, 8, torch.float32, True),
-        (1, 8, torch.bfloat16, False),
-        (1, 9, torch.float32, False),
-        (1, 9, torch.bfloat16, True),
-    ],
-)
-def test_graphs_are_for_what_needs_no_cpu(n_moe, chip, dtype, takes, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (chip, 0))
-    weight = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype)
-    fake = SimpleNamespace(
-        embed=SimpleNamespace(weight=weight), moes=lambda: [None] * n_moe, compute_dtype=None
-    )
-    assert can_capture(fake) == takes and not can_capture(Transformer(Config(**TINY)))
