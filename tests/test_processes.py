@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import time
 
 import pytest
 import torch
@@ -132,23 +131,6 @@ def test_under_nohup_a_closed_terminal_does_not_stop_a_run(start, data, tmp_path
     wait_for(lambda: len(read_log(tmp_path)[0]) > n_update + 5, process)
     process.terminate()
     assert "stopped by a signal, saved" in process.communicate(timeout=LIMIT)[0]
-
-
-def test_a_second_signal_ends_the_run_at_once(start, data, tmp_path):
-    """In a step of a minute. What comes within a second of the first is its echo: a scheduler
-    signals torchrun and its processes, and torchrun passes it on to these."""
-    args = [*SHORT, "--batch_tokens", 32 * 4 * 20_000, "--data", data, "--out", tmp_path]
-    process = start(*args)
-    assert "writing" in process.stdout.readline()
-    time.sleep(1)
-    process.terminate()
-    time.sleep(0.3)
-    process.terminate()
-    time.sleep(2)
-    assert process.poll() is None
-    process.terminate()
-    assert process.wait(timeout=LIMIT) == -signal.SIGTERM
-    assert names(tmp_path) == ["log.jsonl"]
 
 
 def test_torchrun_passes_a_signal_on(start, data, tmp_path):
