@@ -34,7 +34,7 @@ LONG = [
     *"--batch_tokens 256 --steps 100000 --eval_every 1 --save_every 1 --eval_tokens 512".split(),
     *"--prompt a".split(),
 ]
-# 16 sequences an update: 8 micro-batches for one process, 2 for each of four. Losses then agree to
+# 16 sequences an update: 8 micro-batches for one process, 4 for each of two. Losses then agree to
 # some 2e-7, unless rounding decides which expert takes a token. With few tokens, a wide model and a
 # low rate that is rare.
 SCALE = [
@@ -94,17 +94,18 @@ def has_line(out):
     return lambda: log.exists() and '"loss"' in log.read_text()
 
 
-def stop_at(step, args):
-    """Run main and press Ctrl-C in the middle of an update."""
+@contextmanager
+def at_step(step, act):
+    """A context in which `act()` is called in the middle of the update after this many steps."""
     original = train.lr_at
 
-    def interrupt(at, settings):
-        if at == step:
-            raise KeyboardInterrupt
-        return original(at, settings)
+    def act_first(done, settings):
+        if done == step:
+            act()
+        return original(done, settings)
 
-    with mock.patch.object(train, "lr_at", interrupt):
-        train.main(args)
+    with mock.patch.object(train, "lr_at", act_first):
+        yield
 
 
 def change_token(path, token):

@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +25,10 @@ from tests.report import read_log
 from tests.runs import (
     LIMIT,
     LONG,
+    ROOT,
     SHORT,
     assert_same_run,
+    at_step,
     change_token,
     contents,
     equal_weights,
@@ -41,11 +44,12 @@ from train import main, parse_config
 # --- kill -9 ---
 
 
-def test_killed_at_any_moment_and_resumed_is_the_same_run(data, tmp_path):
+def test_killed_at_any_moment_and_resumed_is_the_same_run(data, tmp_path, monkeypatch):
     """It is killed at 25 random moments, some while it starts, some after a random part of a few
     steps; then until one was in the middle of writing a checkpoint. The processes are children of a
     server that has imported torch, so that a start costs little."""
     args = [*SHORT, *"--steps 200 --save_every 1 --eval_every 20".split(), "--data", str(data)]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # or the server would not find train
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
 
@@ -130,19 +134,17 @@ def test_a_resume_says_if_the_learning_rate_jumps(change, rates, halves, capsys,
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux")
-def test_a_run_does_not_keep_the_file_from_which_it_goes_on(halves, data, monkeypatch):
+def test_a_run_does_not_keep_the_file_from_which_it_goes_on(halves, data):
     """The file is mapped into memory. If it stayed there, its space would not be free when the run
     has removed it."""
-    lr_at, maps = train.lr_at, []
+    maps = []
 
-    def look(step, settings):
-        with open("/proc/self/maps") as file:
-            maps.append(file.read())
-        return lr_at(step, settings)
+    def look():
+        maps.append(Path("/proc/self/maps").read_text())
 
-    monkeypatch.setattr(train, "lr_at", look)
     (halves / "step-00000030.pt").unlink()
-    main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
+    with at_step(20, look), at_step(29, look):
+        main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
     assert "step-00000020.pt" in maps[0] and "step-00000020.pt" not in maps[-1]
 
 
@@ -478,37 +480,16 @@ def test_an_update_that_is_not_finite_is_skipped_and_logged(gradient, poison, da
     assert "step-00000030.pt" in names(tmp_path)  # the end is saved all the same
 
 
-def test_a_run_saved_before_its_first_update_goes_on_the_same(poison, data, tmp_path, monkeypatch):
+def test_a_run_saved_before_its_first_update_goes_on_the_same(poison, data, tmp_path):
     """The state of the optimizer is not there yet, and must not be made up."""
     args = [*SHORT, "--data", str(data), "--out"]
     poison({1, 2})
     main([*args, str(tmp_path / "whole")])
-    lr_at = train.lr_at
-
-    def stop(step, settings):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return lr_at(step, settings)
-
-    monkeypatch.setattr(train, "lr_at", stop)
-    main([*args, str(tmp_path / "halves")])
+    with at_step(0, lambda: signal.raise_signal(signal.SIGTERM)):
+        main([*args, str(tmp_path / "halves")])
     assert load_checkpoint(tmp_path / "halves")[1]["step"] == 1
-    monkeypatch.setattr(train, "lr_at", lr_at)
     main([*args, str(tmp_path / "halves"), "--resume"])
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
-
-
-def test_a_signal_in_the_last_update_changes_nothing(whole, data, tmp_path, monkeypatch, capsys):
-    def late(step, settings):
-        if step == 29:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return lr_at(step, settings)
-
-    lr_at = train.lr_at
-    monkeypatch.setattr(train, "lr_at", late)
-    main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
-    assert_same_run(whole, tmp_path)
-    output = capsys.readouterr().out
-    assert "stopped by a signal" not in output and "\na" in output  # the sample
 
 
 def test_ten_skipped_updates_in_a_row_end_the_run(poison, data, tmp_path):

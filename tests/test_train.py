@@ -25,10 +25,10 @@ from tests.report import read_log
 from tests.runs import (
     SHORT,
     assert_same_run,
+    at_step,
     contents,
     equal_weights,
     lines_of,
-    stop_at,
     weights_of,
 )
 from train import TrainConfig, lr_at, main, make_optimizer, parse_config
@@ -71,10 +71,14 @@ def test_the_log_begins_with_the_settings(whole, data):
     assert not any("config" in line for line in others)
 
 
+def interrupt():
+    raise KeyboardInterrupt
+
+
 def test_resumed_ends_as_if_never_stopped(whole, data, tmp_path):
     args = [*SHORT, "--data", str(data), "--out", str(tmp_path)]
-    with pytest.raises(KeyboardInterrupt):
-        stop_at(14, args)
+    with pytest.raises(KeyboardInterrupt), at_step(14, interrupt):
+        main(args)
     assert load_checkpoint(tmp_path)[1]["step"] == 10
     main([*args, "--resume"])
     assert_same_run(whole, tmp_path)
