@@ -41,13 +41,19 @@ def empty_folder(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """A folder of prepared text with something to learn: lines of counting."""
-    folder = tmp_path_factory.mktemp("data")
-    lines = [f"{i} and {i + 1} are {2 * i + 1}\n" for i in range(3000)]
-    (folder / "text.txt").write_text("".join(lines))
-    prepare([str(folder / "text.txt")], str(folder / "tokens"))
-    return folder / "tokens"
+def text(tmp_path_factory):
+    """The name of a text with something to learn: lines of counting."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} and {i + 1} are {2 * i + 1}\n" for i in range(3000)))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def data(text, tmp_path_factory):
+    """The folder of this text's tokens."""
+    folder = tmp_path_factory.mktemp("data") / "tokens"
+    prepare([text], str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

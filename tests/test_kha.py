@@ -14,15 +14,7 @@ import sample
 from data import loss as chunked
 from data.figures import count_params, flops_per_token, knock_movement, knocks_of
 from data.loss import chunked_loss
-from kha import (
-    Config,
-    Heads,
-    Knock,
-    Transformer,
-    fold,
-    rope_tables,
-    rotate,
-)
+from kha import Config, Heads, Knock, Transformer, fold, rope_tables, rotate
 from sample import Cache, generate
 from tests import reference
 from tests.reference import scramble
@@ -105,16 +97,10 @@ def test_at_step_0_the_model_is_the_baseline_bit_for_bit(place, kind, dtype):
 @pytest.mark.parametrize("kind,matrices", [("none", 0), ("linear", 1), ("mlp", 3), ("gate", 1)])
 def test_one_set_of_knock_matrices_serves_all_heads(kind, matrices):
     for n_head in (2, 6):
-        model = Transformer(
-            Config(**{**SMALL, "n_head": n_head, "n_kv_head": n_head, "knock_v": kind})
-        )
-        knocks = [
-            p
-            for place, knock in knocks_of(model).items()
-            if "blocks.0" in place
-            for p in knock.parameters()
-        ]
-        assert [tuple(p.shape) for p in knocks] == [(8, 8)] * matrices
+        shape = {**SMALL, "n_head": n_head, "n_kv_head": n_head, "n_layer": 1}
+        model = Transformer(Config(**shape, knock_v=kind))
+        shapes = [p.shape for knock in knocks_of(model).values() for p in knock.parameters()]
+        assert shapes == [(8, 8)] * matrices
 
 
 def test_knock_movement_reports_diagonal_and_the_rest():
@@ -313,7 +299,7 @@ def test_what_needs_float32_has_it_whatever_the_default_is():
 
 
 @EVERY_VARIANT
-@pytest.mark.parametrize("pieces", [[20], [1] * 20, [7, 1, 12], [19, 1]], ids=str)
+@pytest.mark.parametrize("pieces", [[1] * 20, [7, 1, 12]], ids=str)
 def test_cached_pieces_give_the_logits_of_the_whole(shape, pieces):
     model = scramble(Transformer(Config(**{**SMALL, **shape})).double()).eval()
     tokens = torch.randint(50, (3, 20))
@@ -437,9 +423,7 @@ def test_what_a_fold_leaves():
     assert linear.config == plain.config
     plain.load_state_dict(linear.state_dict())
     attn = fold(Transformer(Config(**SMALL | dict(knock_v="mlp")))).blocks[0].attn
-    assert {name: tuple(p.shape) for name, p in attn.wv.named_parameters()} == {
-        "weight": (2 * 2 * 8, 24)
-    }
+    assert {name: p.shape for name, p in attn.wv.named_parameters()} == {"weight": (2 * 2 * 8, 24)}
 
 
 # --- bad input ---

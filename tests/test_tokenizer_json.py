@@ -366,23 +366,15 @@ def test_a_text_at_which_the_tokenizer_fails_is_named(
 # --- the file goes along ---
 
 
-@pytest.fixture
-def counting(tmp_path):
-    """A text to train on."""
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"{i} and {i + 1} are {2 * i + 1}\n" for i in range(3000)))
-    return str(path)
-
-
 def sample_from(out, *words):
     sample.main(["--checkpoint", str(out), "--device", "cpu", *map(str, words)])
 
 
-def test_the_file_goes_along(small, counting, data, tmp_path, capfd):
+def test_the_file_goes_along(small, text, data, tmp_path, capfd):
     source, own, out = tmp_path / "my.json", tmp_path / "own", tmp_path / "out"
     small.save(str(source))
     content = source.read_text()
-    prepare([counting], str(own), tokenizer=str(source))
+    prepare([text], str(own), tokenizer=str(source))
     source.unlink()
     meta = load_meta(own)
     assert meta["tokenizer"] == str(own / "tokenizer.json")
@@ -404,12 +396,12 @@ def test_the_file_goes_along(small, counting, data, tmp_path, capfd):
     assert (tmp_path / "hf" / "tokenizer.json").read_text() == content
 
 
-def test_a_replaced_file_is_refused(small, counting, tmp_path, monkeypatch):
+def test_a_replaced_file_is_refused(small, text, tmp_path, monkeypatch):
     """Also one of the same size and time, in which two letters have changed places."""
     monkeypatch.setattr("data.tokenizer_json.check_pattern", lambda _: None)  # takes a second
     own, out = tmp_path / "own", tmp_path / "out"
     small.save(str(tmp_path / "my.json"))
-    prepare([counting], str(own), tokenizer=str(tmp_path / "my.json"))
+    prepare([text], str(own), tokenizer=str(tmp_path / "my.json"))
     path = own / "tokenizer.json"
     before, status = path.read_text(), path.stat()
     swapped = before.replace('"a": 65', '"a": 66').replace('"b": 66', '"b": 65')
@@ -434,10 +426,10 @@ def test_a_replaced_file_is_refused(small, counting, tmp_path, monkeypatch):
     train.main(words)
 
 
-def test_data_of_a_version_that_kept_no_hash_of_the_file_are_refused(small, counting, tmp_path):
+def test_data_of_a_version_that_kept_no_hash_of_the_file_are_refused(small, text, tmp_path):
     own = tmp_path / "own"
     small.save(str(tmp_path / "my.json"))
-    meta = prepare([counting], str(own), tokenizer=str(tmp_path / "my.json"))
+    meta = prepare([text], str(own), tokenizer=str(tmp_path / "my.json"))
     del meta["tokenizer_sha256"]
     (own / "meta.json").write_text(json.dumps(meta))
     message = f"if an earlier version prepared them, delete {own} and run data/prepare.py again"
@@ -445,7 +437,7 @@ def test_data_of_a_version_that_kept_no_hash_of_the_file_are_refused(small, coun
         load_meta(str(own))
 
 
-def test_a_model_trains_on_in_its_own_tokens_only(small, counting, data, tmp_path):
+def test_a_model_trains_on_in_its_own_tokens_only(small, text, data, tmp_path):
     model, own, out = tmp_path / "qwen", tmp_path / "own", tmp_path / "out"
     theirs(vocab_size=640).save_pretrained(model)
     words = ["--init", str(model), "--block_size", "32", "--micro_batch", "4", *TINY]
@@ -457,6 +449,6 @@ def test_a_model_trains_on_in_its_own_tokens_only(small, counting, data, tmp_pat
     with pytest.raises(ValueError, match=message):
         train.main([*words, "--data", str(data)])
     assert not out.exists()
-    prepare([counting], str(own), tokenizer=str(model / "tokenizer.json"))
+    prepare([text], str(own), tokenizer=str(model / "tokenizer.json"))
     train.main([*words, "--data", str(own)])
     assert load_checkpoint(out)[0].config.n_embd == 24
