@@ -679,16 +679,18 @@ train.run_script(train.main)
     return path
 
 
-def start_and_wait_for_the_disk(start, slow_disk, data, out):
+@pytest.fixture
+def half_saved(start, slow_disk, data, tmp_path):
+    """A run that has written half of a checkpoint, and its folder."""
+    out = tmp_path / "run"
     process = start(*LONG, "--save_every", 10, "--data", data, "--out", out, script=slow_disk)
     while "half of step 20" not in process.stdout.readline():
         assert process.poll() is None
-    return process
+    return process, out
 
 
-def test_a_signal_while_a_checkpoint_is_written_saves_one_more(start, slow_disk, data, tmp_path):
-    out = tmp_path / "run"
-    process = start_and_wait_for_the_disk(start, slow_disk, data, out)
+def test_a_signal_while_a_checkpoint_is_written_saves_one_more(half_saved, tmp_path):
+    process, out = half_saved
     process.terminate()
     (tmp_path / "go").touch()
     output = process.communicate(timeout=LIMIT)[0]
@@ -698,11 +700,10 @@ def test_a_signal_while_a_checkpoint_is_written_saves_one_more(start, slow_disk,
     assert "checkpoint.tmp" not in names(out)
 
 
-def test_a_second_signal_ends_a_run_at_once_and_it_goes_on(start, slow_disk, data, tmp_path):
+def test_a_second_signal_ends_a_run_at_once_and_it_goes_on(half_saved, data):
     """While it writes a checkpoint. What comes within a second of the first signal is its echo: a
     scheduler signals torchrun and its processes, and torchrun passes it on to these."""
-    out = tmp_path / "run"
-    process = start_and_wait_for_the_disk(start, slow_disk, data, out)
+    process, out = half_saved
     process.terminate()
     time.sleep(0.3)
     process.terminate()

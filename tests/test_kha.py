@@ -372,10 +372,11 @@ def test_bfloat16_activations_on_float32_weights():
 
 @EVERY_VARIANT
 def test_folded_is_the_same_function_with_fewer_parts(shape):
-    config = Config(**{**SMALL, **shape})
+    """At the start, with random weights, and in bfloat16, as sampling has it."""
     tokens = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(2))
-    for seed in range(2):
-        model = scramble(Transformer(config).double(), seed).eval()
+    torch.manual_seed(0)
+    start = Transformer(Config(**{**SMALL, **shape})).double().eval()
+    for model in (start, scramble(copy.deepcopy(start))):
         folded = fold(copy.deepcopy(model))
         assert not knocks_of(folded)
         assert error(folded(tokens), model(tokens)) < 1e-10
@@ -384,27 +385,9 @@ def test_folded_is_the_same_function_with_fewer_parts(shape):
         assert error(decoded[1], decoded[0]) < 1e-10
         shapes = [[b.shape for layer in c.layers for b in layer.buffers] for c in caches]
         assert shapes[0] == shapes[1]
-
-
-@EVERY_VARIANT
-def test_folding_holds_at_the_start_and_after_training_steps(shape):
-    torch.manual_seed(0)
-    model = Transformer(Config(**{**SMALL, **shape})).double()
-    tokens = torch.randint(50, (4, 20))
-    assert error(fold(copy.deepcopy(model))(tokens), model(tokens)) < 1e-10
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(5):
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert all(off > 0 for _, off in knock_movement(model).values())
-    folded = fold(copy.deepcopy(model))
-    assert error(folded(tokens), model(tokens)) < 1e-10
-
-    for m in (model, folded):  # as sampling has it: bfloat16 weights
+    for m in (model, folded):
         m.bfloat16()
-    exact = model.float()(tokens)
-    assert error(folded(tokens), exact) < 0.05
+    assert error(folded(tokens), model.float()(tokens)) < 0.05
 
 
 def test_a_folded_model_folds_again_to_itself():

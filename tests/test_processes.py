@@ -104,8 +104,12 @@ def test_a_checkpoint_goes_on_in_any_way_and_samples(saved, resumed, run_in, tmp
 # --- signals ---
 
 
+def unexpected(number, _):
+    raise AssertionError(f"the run has no handler of the signal {number}")
+
+
 @contextmanager
-def signalled(step, number, handler=signal.SIG_DFL):
+def signalled(step, number, handler=unexpected):
     """A context in which a signal comes in the update after this many steps. Its handler at the
     start is this one. (A shell ignores SIGINT in what it runs in the background.)"""
     before = signal.signal(number, handler)

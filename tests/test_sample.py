@@ -266,15 +266,10 @@ def test_the_device_is_what_was_asked_for(monkeypatch):
         assert pick_device("auto") == best
 
 
-@pytest.mark.parametrize(
-    "n_moe,chip,dtype,takes",
-    [
-        (0, 8, torch.float32, True),
-        (1, 8, torch.bfloat16, False),
-        (1, 9, torch.float32, False),
-        (1, 9, torch.bfloat16, True),
-    ],
-)
+@pytest.mark.parametrize("n_moe,chip,dtype,takes", [
+    (0, 8, torch.float32, True), (1, 8, torch.bfloat16, False),
+    (1, 9, torch.float32, False), (1, 9, torch.bfloat16, True),
+])  # fmt: skip
 def test_graphs_are_for_what_needs_no_cpu(n_moe, chip, dtype, takes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (chip, 0))
     weight = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype)
@@ -303,16 +298,10 @@ def test_the_step_is_captured_once_after_it_has_run(n_prompt, model, monkeypatch
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("n_samples", [1, 32])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {},
-        dict(n_expert=128, top_k=4),
-        dict(attention="gta"),
-        dict(attention="mla", kv_rank=16, knock_v="linear"),
-    ],
-    ids=["dense", "mixture", "gta", "mla"],
-)
+@pytest.mark.parametrize("shape", [
+    {}, dict(n_expert=128, top_k=4), dict(attention="gta"),
+    dict(attention="mla", kv_rank=16, knock_v="linear"),
+], ids=["dense", "mixture", "gta", "mla"])  # fmt: skip
 def test_compiled_steps_are_eager_ones(shape, n_samples):
     model = scramble(Transformer(Config(**TINY, **shape))).to("cuda", torch.bfloat16).eval()
     device = model.embed.weight.device

@@ -131,14 +131,14 @@ def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
 
 
 def test_an_interrupted_run_leaves_no_line_and_goes_on(start_study, data, monkeypatch):
-    runs = grid(steps=600, kinds=["mlp on v"])
+    runs = grid(steps=400, kinds=["mlp on v"])
     process = start_study(runs)
     wait_for_updates()
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=LIMIT)[0]
     assert process.returncode == 128 + signal.SIGINT
     stopped = int(re.search(r"stopped after step (\d+): toy", output)[1])
-    assert 0 < stopped < 600 and report.read_results(Path("results")) == []
+    assert 0 < stopped < 400 and report.read_results(Path("results")) == []
 
     code, (result,) = work(monkeypatch, data, runs)
     assert code == 0 and len(records()) == 2

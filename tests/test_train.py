@@ -33,6 +33,9 @@ from tests.runs import (
 )
 from train import TrainConfig, lr_at, main, make_optimizer, parse_config
 
+TINY = dict(vocab_size=50, block_size=8, n_layer=1, n_embd=16, n_head=2, n_kv_head=2)
+TINY |= dict(head_dim=8, d_ff=16)
+
 
 def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
     out = tmp_path / "run"
@@ -154,8 +157,7 @@ def test_updates_are_adamw_on_clipped_gradients():
     """Two updates, each of two micro-batches, against the published formulas."""
     settings = TrainConfig(lr=0.01, beta1=0.8, beta2=0.9, weight_decay=0.5, grad_clip=0.1)
     torch.manual_seed(0)
-    shape = dict(vocab_size=50, block_size=8, n_layer=1, n_embd=16, n_head=2, n_kv_head=2)
-    model = Transformer(Config(**shape, head_dim=8, d_ff=16)).double()
+    model = Transformer(Config(**TINY)).double()
     plain, optimizer = copy.deepcopy(model), make_optimizer(model, settings)
     m, v = ([torch.zeros_like(p) for p in plain.parameters()] for _ in range(2))
     for t in (1, 2):
@@ -189,8 +191,7 @@ def test_a_run_balances_by_the_rule_it_is_given(rule, data, tmp_path):
 
 
 def test_the_worst_load_is_that_of_the_worst_layer_and_each_is_balanced():
-    shape = dict(vocab_size=50, block_size=8, n_layer=2, n_embd=16, n_head=2, n_kv_head=2)
-    model = Transformer(Config(**shape, head_dim=8, d_ff=16, n_expert=4, top_k=2))
+    model = Transformer(Config(**{**TINY, "n_layer": 2}, n_expert=4, top_k=2))
     for moe, load in zip(model.moes(), ([6, 3, 2, 1], [3, 3, 3, 3]), strict=True):
         moe.load.copy_(torch.tensor(load))
     assert train.balance_experts(model, torch.tensor(0.01), "sign") == 2
@@ -311,8 +312,7 @@ def test_batches_depend_on_seed_and_step_alone():
 
 def test_evaluation_is_the_mean_over_the_first_tokens():
     torch.manual_seed(0)
-    shape = dict(vocab_size=50, block_size=8, n_layer=1, n_embd=16, n_head=2, n_kv_head=2)
-    model = Transformer(Config(**shape, head_dim=8, d_ff=16, n_expert=4, top_k=2))
+    model = Transformer(Config(**TINY, n_expert=4, top_k=2))
     tokens = np.random.default_rng(0).integers(50, size=100)
     rows = torch.from_numpy(np.stack([tokens[i * 8 : i * 8 + 9] for i in range(5)]))
     expected = model.eval()(rows[:, :-1], rows[:, 1:]).item()
@@ -322,8 +322,7 @@ def test_evaluation_is_the_mean_over_the_first_tokens():
 
 
 def test_matrices_decay_and_norms_do_not():
-    shape = dict(vocab_size=50, n_layer=1, n_embd=16, n_head=2, n_kv_head=2, head_dim=8)
-    model, decay = Transformer(Config(**shape)), {}
+    model, decay = Transformer(Config(**TINY)), {}
     for group in make_optimizer(model, TrainConfig()).param_groups:
         decay |= dict.fromkeys(group["params"], group["weight_decay"])
     assert len(decay) == len(list(model.parameters()))
@@ -377,10 +376,9 @@ def test_a_new_run_starts_from_a_qwen3_folder(data, tmp_path):
 
 def test_a_random_start_of_knocks_changes_no_other_weight():
     """So its runs are pairs with those of no knocks, too."""
-    shape = dict(vocab_size=50, block_size=8, n_layer=2, n_embd=16, n_head=2, n_kv_head=2)
 
     def start(**knocks):
-        config = Config(**shape, head_dim=8, d_ff=16, tie_embeddings=False, **knocks)
+        config = Config(**{**TINY, "n_layer": 2}, tie_embeddings=False, **knocks)
         return dict(train.build_model(config, TrainConfig(), "cpu", 1)[0].named_parameters())
 
     without, random = start(knock_v="none"), start(knock_v="mlp", knock_init="random")
