@@ -146,18 +146,6 @@ def test_reading_never_runs_far_ahead_of_writing():
         assert result == -written and read - written <= 2 * 3
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions")
-def test_others_may_read_what_was_prepared():
-    write_texts("in", range(100))
-    before = os.umask(0o022)
-    try:
-        prepare(["in"], "out")
-    finally:
-        os.umask(before)
-    modes = {path.stat().st_mode & 0o777 for path in Path("out").iterdir()}
-    assert Path("out").stat().st_mode & 0o777 == 0o755 and modes == {0o644}
-
-
 def test_an_empty_output_folder_is_used_and_inputs_may_follow_options():
     os.mkdir("out")
     write_texts(".", range(80))

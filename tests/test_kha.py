@@ -59,9 +59,8 @@ def test_knock_is_the_equation_forward_and_backward(kind, dtype, tolerance):
 def test_the_kernel_is_the_equation_forward_and_backward(head_dim, n_token):
     torch.manual_seed(0)
     knock = scramble(Knock("mlp", head_dim)).to("cuda", torch.bfloat16)
-    x = torch.randn(
-        2, n_token, 3, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True
-    )
+    shape, on_gpu = (2, n_token, 3, head_dim), dict(device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(shape, **on_gpu, requires_grad=True)
     y_grad = torch.randn_like(x).mT.contiguous().mT  # not contiguous, as attention's may be
     assert kha.can_fuse(x) or head_dim == 128 and torch.cuda.get_device_capability() < (9, 0)
     y = knock(x)

@@ -94,11 +94,9 @@ def test_the_library_reads_what_we_write(name, small, monkeypatch):
         ours = load_tokenizer("byte")
     else:
         ranks = JsonTokenizer(small.to_str())._mergeable_ranks
+        pattern, special = pattern_of(name, monkeypatch), {END: 0, "<|endofprompt|>": 700}
         ours = tiktoken.Encoding(
-            name,
-            pat_str=pattern_of(name, monkeypatch),
-            mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": 0, "<|endofprompt|>": 700},
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )
     text = to_json(ours)
     theirs = tokenizers.Tokenizer.from_str(text)
@@ -240,11 +238,8 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("model/continuing_subword_prefix", "##", "which has a continuing_subword_prefix"),
         ("normalizer", {"type": "Lowercase"}, "which has the normalizer .*Lowercase"),
         ("post_processor", add_begin(), "a post_processor .TemplateProcessing. that adds tokens"),
-        (
-            "post_processor",
-            {"type": "Sequence", "processors": [{"type": "ByteLevel"}, add_begin()]},
-            "a post_processor .Sequence. that adds tokens",
-        ),
+        ("post_processor", {"type": "Sequence", "processors": [{"type": "ByteLevel"}, add_begin()]},
+         "a post_processor .Sequence. that adds tokens"),
         ("pre_tokenizer", DIGITS, "which has the pre_tokenizer .*Digits"),
         ("pre_tokenizer", {"type": "Metaspace", "replacement": "_"}, "pre_tokenizer .*Metaspace"),
         ("pre_tokenizer", split_by("[0-9]{1,3}+|."), "which has the pre_tokenizer"),
@@ -257,19 +252,13 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("pre_tokenizer", split_by(r"\w+|\W"), "which has the pre_tokenizer"),
         ("pre_tokenizer", split_by(r"[a-z]+\b|(?s:.)"), "which has the pre_tokenizer"),
         ("pre_tokenizer", split_by("x|[^x]+", ".+|\n"), "which has the pre_tokenizer"),
-        (
-            "pre_tokenizer",
-            {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True},
-            "which has the pre_tokenizer .*prefix_space.: true",
-        ),
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True},
+         "which has the pre_tokenizer .*prefix_space.: true"),
         ("pre_tokenizer", split_by()["pretokenizers"][0], "which has the pre_tokenizer"),
         ("pre_tokenizer", None, "damaged or no tokenizer.json"),
         ("added_tokens", [], "which has no added token <|endoftext|>"),
-        (
-            "added_tokens",
-            [{"content": END, "id": 0}, {"content": "", "id": 600}],
-            "the added token '' with the id 600",
-        ),
+        ("added_tokens", [{"content": END, "id": 0}, {"content": "", "id": 600}],
+         "the added token '' with the id 600"),
         ("model/vocab/a", 300, "which has two tokens of one id"),
         ("added_tokens/0/id", 600, "id 600, which transformers takes for 0"),
         ("added_tokens/0/content", "<end>", "id 0, which transformers takes for 600"),
@@ -278,7 +267,7 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("model/merges", [], "which has the pre_tokenizer"),
         ("model", "removed", "damaged or no tokenizer.json"),
     ],
-)
+)  # fmt: skip
 def test_what_tiktoken_cannot_compute_is_refused(path, value, message, small, tmp_path):
     content = json.loads(small.to_str())
     change(content, path, value)
