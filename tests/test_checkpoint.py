@@ -31,15 +31,9 @@ from tests.runs import equal_weights, names
 
 def tiny_checkpoint(step):
     model = scramble(Transformer(Config(**SMALL, n_expert=4, top_k=2)), step).eval()
+    rest = {"step": step, "tokenizer": "byte", "train": {"eval_tokens": 8}, "format": FORMAT}
     config = dataclasses.asdict(model.config)
-    return model, {
-        "config": config,
-        "model": model.state_dict(),
-        "step": step,
-        "tokenizer": "byte",
-        "train": {"eval_tokens": 8},
-        "format": FORMAT,
-    }
+    return model, {"config": config, "model": model.state_dict(), **rest}
 
 
 def test_checkpoints_come_back_and_the_last_two_are_kept(tmp_path, strict_disk):

@@ -918,9 +918,6 @@ def test_large_vocabulary_is_stored_as_uint32(monkeypatch):
     ids = open_tokens("out", "train")
     assert meta["dtype"] == "uint32" and ids.dtype == np.uint32 and meta["vocab_size"] == 70_001
     assert ids[-1] == 70_000 and large.decode(ids[:6].tolist()) == "zebra\n"
-
-
-def test_two_bytes_hold_65536_tokens():
     dtypes = [token_dtype(types.SimpleNamespace(n_vocab=n)) for n in (65_536, 65_537)]
     assert dtypes == [np.uint16, np.uint32]
 

@@ -44,11 +44,14 @@ def save(model, folder):
 
 
 @pytest.mark.parametrize("prompt", [[5], list(range(30))], ids=["one token", "thirty"])
-def test_with_the_cache_as_without(model, prompt):
-    (cached,) = new_tokens(model, prompt, max_new_tokens=30, temperature=0)
-    plain = list(prompt)
+@pytest.mark.parametrize("how", [(0, 0, 1), (0.9, 50, 0.9)], ids=["greedy", "drawn"])
+def test_with_the_cache_as_without(model, prompt, how):
+    options = dict(zip(("temperature", "top_k", "top_p"), how, strict=True))
+    (cached,) = new_tokens(model, prompt, max_new_tokens=30, seed=3, **options)
+    plain, generator = list(prompt), torch.Generator().manual_seed(3)
     for _ in range(30):
-        plain.append(model(torch.tensor([plain]))[0, -1].argmax().item())
+        logits = model(torch.tensor([plain]))[:, -1]
+        plain.append(sample_logits(logits, generator=generator, **options).item())
     assert cached == plain[len(prompt) :]
 
 
@@ -62,16 +65,6 @@ def test_text_longer_than_the_context_slides(model, n_prompt):
         plain.append(model(torch.tensor([seen]))[0, -1].argmax().item())
         seen = (seen if len(seen) < 64 else seen[-31:]) + plain[-1:]
     assert samples == [plain, plain]
-
-
-def test_drawn_with_the_cache_as_without(model):
-    options = dict(temperature=0.9, top_k=50, top_p=0.9)
-    (cached,) = new_tokens(model, [5, 6], max_new_tokens=30, seed=3, **options)
-    plain, generator = [5, 6], torch.Generator().manual_seed(3)
-    for _ in range(30):
-        logits = model(torch.tensor([plain]))[:, -1]
-        plain.append(sample_logits(logits, generator=generator, **options).item())
-    assert cached == plain[2:]
 
 
 def test_a_batch_of_samples_differs_and_the_seed_repeats(model):
