@@ -6,14 +6,18 @@ import os
 # the fastest for small models, and processes of many threads stand in each other's way.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import io
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from data.prepare import prepare
-from tests.runs import SHORT, start_script
+from data.script import run_script
+from tests.runs import SHORT, start_process
 from train import main
 
 
@@ -37,13 +41,19 @@ def empty_folder(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """A folder of prepared text with something to learn: lines of counting."""
-    folder = tmp_path_factory.mktemp("data")
-    lines = [f"{i} and {i + 1} are {2 * i + 1}\n" for i in range(3000)]
-    (folder / "text.txt").write_text("".join(lines))
-    prepare([str(folder / "text.txt")], str(folder / "tokens"))
-    return folder / "tokens"
+def text(tmp_path_factory):
+    """The name of a text with something to learn: lines of counting."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} and {i + 1} are {2 * i + 1}\n" for i in range(3000)))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def data(text, tmp_path_factory):
+    """The folder of this text's tokens."""
+    folder = tmp_path_factory.mktemp("data") / "tokens"
+    prepare([text], str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -83,12 +93,28 @@ def strict_disk(monkeypatch):
 
 
 @pytest.fixture
+def run_here(monkeypatch, capsys):
+    """A function that runs the `main` of a script in this process, with these words after its name.
+    It returns what runs.run_process would return, without the seconds in which a process starts."""
+
+    def run(main, *words, stdin=b""):
+        monkeypatch.setattr(sys, "argv", [main.__code__.co_filename, *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_script(main)
+        return subprocess.CompletedProcess(words, end.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
 def start():
-    """runs.start_script; what still runs when the test ends is killed."""
+    """runs.start_process; what still runs when the test ends is killed."""
     processes = []
 
     def start(*args, **how):
-        processes.append(start_script(*args, **how))
+        processes.append(start_process(*args, **how))
         return processes[-1]
 
     yield start

@@ -82,10 +82,9 @@ def rope(x, base):
 def softmax_attention(q, k, v):
     """One head: q, k (B, T, D_qk), v (B, T, D)."""
     T = q.shape[1]
-    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(
-        torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf
-    )
-    return scores.softmax(-1) @ v
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    later = torch.ones(T, T, dtype=torch.bool).triu(1)
+    return scores.masked_fill(later, -math.inf).softmax(-1) @ v
 
 
 def gqa(c, w, project):
@@ -108,40 +107,30 @@ def gta(c, w, project):
     heads = []
     for h in range(c.n_head):
         state = tied[:, :, h // (c.n_head // c.n_kv_head)]
-        key = torch.cat(
-            (rms_norm(state[..., :half], w["k_norm.weight"], c.norm_eps), k_rope[:, :, 0]), -1
-        )
-        heads.append(
-            softmax_attention(torch.cat((q[:, :, h, :half], q_rope[:, :, h]), -1), key, state)
-        )
+        k_plain = rms_norm(state[..., :half], w["k_norm.weight"], c.norm_eps)
+        query = torch.cat((q[:, :, h, :half], q_rope[:, :, h]), -1)
+        key = torch.cat((k_plain, k_rope[:, :, 0]), -1)
+        heads.append(softmax_attention(query, key, state))
     return heads
 
 
 def mla(c, w, project):
     D, rank = c.head_dim, c.kv_rank // c.n_kv_head
-    q, q_rope, k_rope = (
-        project("q"),
-        rope(project("q_rope"), c.rope_base),
-        rope(project("k_rope"), c.rope_base),
-    )
+    q, q_rope = project("q"), rope(project("q_rope"), c.rope_base)
+    k_rope = rope(project("k_rope"), c.rope_base)
     heads = []
     for h in range(c.n_head):
         g = h // (c.n_head // c.n_kv_head)
-        latent = rms_norm(
-            project("kv_latent")[:, :, 0, g * rank : (g + 1) * rank],
-            w["kv_norm.weight"],
-            c.norm_eps,
-        )
-        k, v = (
-            knock(
-                getattr(c, f"knock_{part}"),
-                {"t": w.get(f"w{part}.knock.t")},
-                (latent @ w[f"w{part}.weight"][h * D : (h + 1) * D].T)[:, :, None],
-            )[:, :, 0]
-            for part in "kv"
-        )
-        key = torch.cat((k, k_rope[:, :, 0]), -1)
-        heads.append(softmax_attention(torch.cat((q[:, :, h], q_rope[:, :, h]), -1), key, v))
+        latent = project("kv_latent")[:, :, 0, g * rank : (g + 1) * rank]
+        latent = rms_norm(latent, w["kv_norm.weight"], c.norm_eps)
+        head = {}
+        for part in "kv":
+            matrices = {"t": w.get(f"w{part}.knock.t")}
+            plain = latent @ w[f"w{part}.weight"][h * D : (h + 1) * D].T
+            head[part] = knock(getattr(c, f"knock_{part}"), matrices, plain[:, :, None])[:, :, 0]
+        query = torch.cat((q[:, :, h], q_rope[:, :, h]), -1)
+        key = torch.cat((head["k"], k_rope[:, :, 0]), -1)
+        heads.append(softmax_attention(query, key, head["v"]))
     return heads
 
 

@@ -1,13 +1,17 @@
-"""Runs of train.py for the tests: a tiny mixture of experts with knocks, started as a user does."""
+"""What tests of the scripts share: runs of train.py, a tiny mixture of experts with knocks, started
+as a user does; and what they leave in files."""
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 
 import train
@@ -25,12 +29,8 @@ SHORT = [
     *"--batch_tokens 256 --steps 30 --eval_every 10 --save_every 10 --eval_tokens 512".split(),
     *"--prompt a".split(),
 ]
-LONG = [
-    *SHAPE,
-    *"--batch_tokens 256 --steps 100000 --eval_every 1 --save_every 1 --eval_tokens 512".split(),
-    *"--prompt a".split(),
-]
-# 16 sequences an update: 8 micro-batches for one process, 2 for each of four. Losses then agree to
+LONG = [*SHORT, *"--steps 100000 --eval_every 1 --save_every 1".split()]
+# 16 sequences an update: 8 micro-batches for one process, 4 for each of two. Losses then agree to
 # some 2e-7, unless rounding decides which expert takes a token. With few tokens, a wide model and a
 # low rate that is rare.
 SCALE = [
@@ -53,8 +53,8 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def train_script(*args, preexec_fn=None, env=None, **how):
-    """Run the script to its end; `env` adds to the environment."""
+def run_process(*args, preexec_fn=None, env=None, **how):
+    """Run a script to its end; `env` adds to the environment."""
     return subprocess.run(
         command(*args, **how),
         env={**environment(), **(env or {})},
@@ -65,8 +65,8 @@ def train_script(*args, preexec_fn=None, env=None, **how):
     )
 
 
-def start_script(*args, preexec_fn=None, **how):
-    """Start the script, as a process with its output in `stdout`."""
+def start_process(*args, preexec_fn=None, **how):
+    """Start a script, as a process with its output in `stdout`."""
     return subprocess.Popen(
         command(*args, **how),
         env=environment(),
@@ -90,17 +90,36 @@ def has_line(out):
     return lambda: log.exists() and '"loss"' in log.read_text()
 
 
-def stop_at(step, args):
-    """Run main and press Ctrl-C in the middle of an update."""
+@contextmanager
+def at_step(step, act):
+    """A context in which `act()` is called in the middle of the update after this many steps."""
     original = train.lr_at
 
-    def interrupt(at, settings):
-        if at == step:
-            raise KeyboardInterrupt
-        return original(at, settings)
+    def act_first(done, settings):
+        if done == step:
+            act()
+        return original(done, settings)
 
-    with mock.patch.object(train, "lr_at", interrupt):
-        train.main(args)
+    with mock.patch.object(train, "lr_at", act_first):
+        yield
+
+
+def change_token(path, token):
+    """Put a token in the middle of a file of tokens."""
+    tokens = np.fromfile(path, dtype=np.uint16)
+    tokens[len(tokens) // 2] = token
+    tokens.tofile(path)
+
+
+@contextmanager
+def limit_files(size):
+    """In this context no file can grow past `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def names(out):

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from data.checkpoint import collect, restore
 from data.tokens import open_tokens
 from kha import Config, Transformer
 from tests import bench, peers, report, study
-from tests.runs import ROOT, SHAPE, contents, environment, lines_of
+from tests.runs import SHAPE, contents, lines_of, run_process
 from train import TrainConfig, parse_config
 
 TINY = f"toy {' '.join(SHAPE)} --batch_tokens 256 --eval_tokens 512 --steps 24"
@@ -55,9 +53,7 @@ def clone(tmp_path, monkeypatch):
 
 def run_peer(command, data, out="out"):
     """The peer's run as a process; returns its log's updates and evaluations."""
-    options = [*command.split(), "--data", data, "--out", out]
-    done = subprocess.run([sys.executable, str(ROOT / "tests/peers.py"), *map(str, options)],
-                          env=environment(), capture_output=True, text=True)
+    done = run_process(*command.split(), "--data", data, "--out", out, script="tests/peers.py")
     assert done.returncode == 0, done.stderr
     return report.read_log(Path(out))
 

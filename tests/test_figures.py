@@ -74,9 +74,8 @@ def test_memory_is_within_15_percent_of_what_a_gpu_needed(name, shape, micro_bat
     """measured: torch.cuda.max_memory_allocated over updates, GiB; torch 2.11, compiled. 112.8 is
     from an H200, all others from H100s."""
     config = Config(**{**CONFIGS[name], **shape})
-    assert memory_per_gpu(config, micro_batch, **how)["total"] / 2**30 == pytest.approx(
-        measured, rel=0.15
-    )
+    gib = memory_per_gpu(config, micro_batch, **how)["total"] / 2**30
+    assert gib == pytest.approx(measured, rel=0.15)
 
 
 def test_memory_falls_where_it_should():
@@ -84,11 +83,8 @@ def test_memory_falls_where_it_should():
     alone, spread = memory_per_gpu(config, 1), memory_per_gpu(config, 1, n_shard=8)
     for part in ("weights", "adam", "gradients"):
         assert spread[part] == alone[part] / 8
-    assert (
-        spread["activations"]
-        == alone["activations"]
-        == memory_per_gpu(config, 2)["activations"] / 2
-    )
+    twice = memory_per_gpu(config, 2)
+    assert spread["activations"] == alone["activations"] == twice["activations"] / 2
     assert memory_per_gpu(config, 1, recompute=True)["activations"] < alone["activations"] / 5
     one = dataclasses.replace(config, n_layer=1)  # its layer is whole in the backward pass anyway
     assert memory_per_gpu(one, 1, recompute=True)["total"] > memory_per_gpu(one, 1)["total"]

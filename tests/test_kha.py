@@ -14,15 +14,7 @@ import sample
 from data import loss as chunked
 from data.figures import count_params, flops_per_token, knock_movement, knocks_of
 from data.loss import chunked_loss
-from kha import (
-    Config,
-    Heads,
-    Knock,
-    Transformer,
-    fold,
-    rope_tables,
-    rotate,
-)
+from kha import Config, Heads, Knock, Transformer, fold, rope_tables, rotate
 from sample import Cache, generate
 from tests import reference
 from tests.reference import scramble
@@ -67,9 +59,8 @@ def test_knock_is_the_equation_forward_and_backward(kind, dtype, tolerance):
 def test_the_kernel_is_the_equation_forward_and_backward(head_dim, n_token):
     torch.manual_seed(0)
     knock = scramble(Knock("mlp", head_dim)).to("cuda", torch.bfloat16)
-    x = torch.randn(
-        2, n_token, 3, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True
-    )
+    shape, on_gpu = (2, n_token, 3, head_dim), dict(device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(shape, **on_gpu, requires_grad=True)
     y_grad = torch.randn_like(x).mT.contiguous().mT  # not contiguous, as attention's may be
     assert kha.can_fuse(x) or head_dim == 128 and torch.cuda.get_device_capability() < (9, 0)
     y = knock(x)
@@ -105,16 +96,10 @@ def test_at_step_0_the_model_is_the_baseline_bit_for_bit(place, kind, dtype):
 @pytest.mark.parametrize("kind,matrices", [("none", 0), ("linear", 1), ("mlp", 3), ("gate", 1)])
 def test_one_set_of_knock_matrices_serves_all_heads(kind, matrices):
     for n_head in (2, 6):
-        model = Transformer(
-            Config(**{**SMALL, "n_head": n_head, "n_kv_head": n_head, "knock_v": kind})
-        )
-        knocks = [
-            p
-            for place, knock in knocks_of(model).items()
-            if "blocks.0" in place
-            for p in knock.parameters()
-        ]
-        assert [tuple(p.shape) for p in knocks] == [(8, 8)] * matrices
+        shape = {**SMALL, "n_head": n_head, "n_kv_head": n_head, "n_layer": 1}
+        model = Transformer(Config(**shape, knock_v=kind))
+        shapes = [p.shape for knock in knocks_of(model).values() for p in knock.parameters()]
+        assert shapes == [(8, 8)] * matrices
 
 
 def test_knock_movement_reports_diagonal_and_the_rest():
@@ -313,7 +298,7 @@ def test_what_needs_float32_has_it_whatever_the_default_is():
 
 
 @EVERY_VARIANT
-@pytest.mark.parametrize("pieces", [[20], [1] * 20, [7, 1, 12], [19, 1]], ids=str)
+@pytest.mark.parametrize("pieces", [[1] * 20, [7, 1, 12]], ids=str)
 def test_cached_pieces_give_the_logits_of_the_whole(shape, pieces):
     model = scramble(Transformer(Config(**{**SMALL, **shape})).double()).eval()
     tokens = torch.randint(50, (3, 20))
@@ -386,10 +371,11 @@ def test_bfloat16_activations_on_float32_weights():
 
 @EVERY_VARIANT
 def test_folded_is_the_same_function_with_fewer_parts(shape):
-    config = Config(**{**SMALL, **shape})
+    """At the start, with random weights, and in bfloat16, as sampling has it."""
     tokens = torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(2))
-    for seed in range(2):
-        model = scramble(Transformer(config).double(), seed).eval()
+    torch.manual_seed(0)
+    start = Transformer(Config(**{**SMALL, **shape})).double().eval()
+    for model in (start, scramble(copy.deepcopy(start))):
         folded = fold(copy.deepcopy(model))
         assert not knocks_of(folded)
         assert error(folded(tokens), model(tokens)) < 1e-10
@@ -398,27 +384,9 @@ def test_folded_is_the_same_function_with_fewer_parts(shape):
         assert error(decoded[1], decoded[0]) < 1e-10
         shapes = [[b.shape for layer in c.layers for b in layer.buffers] for c in caches]
         assert shapes[0] == shapes[1]
-
-
-@EVERY_VARIANT
-def test_folding_holds_at_the_start_and_after_training_steps(shape):
-    torch.manual_seed(0)
-    model = Transformer(Config(**{**SMALL, **shape})).double()
-    tokens = torch.randint(50, (4, 20))
-    assert error(fold(copy.deepcopy(model))(tokens), model(tokens)) < 1e-10
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(5):
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert all(off > 0 for _, off in knock_movement(model).values())
-    folded = fold(copy.deepcopy(model))
-    assert error(folded(tokens), model(tokens)) < 1e-10
-
-    for m in (model, folded):  # as sampling has it: bfloat16 weights
+    for m in (model, folded):
         m.bfloat16()
-    exact = model.float()(tokens)
-    assert error(folded(tokens), exact) < 0.05
+    assert error(folded(tokens), model.float()(tokens)) < 0.05
 
 
 def test_a_folded_model_folds_again_to_itself():
@@ -437,9 +405,7 @@ def test_what_a_fold_leaves():
     assert linear.config == plain.config
     plain.load_state_dict(linear.state_dict())
     attn = fold(Transformer(Config(**SMALL | dict(knock_v="mlp")))).blocks[0].attn
-    assert {name: tuple(p.shape) for name, p in attn.wv.named_parameters()} == {
-        "weight": (2 * 2 * 8, 24)
-    }
+    assert {name: p.shape for name, p in attn.wv.named_parameters()} == {"weight": (2 * 2 * 8, 24)}
 
 
 # --- bad input ---

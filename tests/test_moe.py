@@ -47,7 +47,7 @@ def skew(moe, kind):
 @pytest.mark.parametrize(
     "kind", ["as it comes", "two empty experts", "all on expert 3", "all on experts 0 and 5"]
 )
-@pytest.mark.parametrize("n_token", [1, 2, 33])
+@pytest.mark.parametrize("n_token", [1, 2, 3, 33])
 def test_moe_is_the_loop_forward_and_backward(kind, n_token):
     moe = make_moe()
     skew(moe, kind)
@@ -65,18 +65,8 @@ def test_moe_is_the_loop_forward_and_backward(kind, n_token):
     for name, p in moe.named_parameters():
         torch.testing.assert_close(p.grad.double(), exact[name].grad, rtol=1e-4, atol=1e-4)
     assert moe.load.sum() == n_token * K and moe.load.max() <= n_token
-
-
-@pytest.mark.parametrize("kind", ["as it comes", "all on expert 3"])
-@pytest.mark.parametrize("n_token", [1, 2, 3])
-def test_few_tokens_outside_training_are_the_loop_too(kind, n_token):
-    moe = make_moe().eval()
-    skew(moe, kind)
-    x = torch.randn(n_token, C)
-    exact = {name: p.detach().double() for name, p in moe.named_parameters()}
-    torch.testing.assert_close(
-        moe(x).double(), reference(moe, exact, x.double()), rtol=1e-4, atol=1e-4
-    )
+    # Outside of training, few tokens go another way.
+    torch.testing.assert_close(moe.eval()(x).double(), exact_y, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_is_close_and_any_leading_shape_works():

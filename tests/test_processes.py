@@ -1,8 +1,9 @@
 """Many processes compute what one does. Signals, torchrun, and two runs in one folder."""
 
+import functools
 import shutil
 import signal
-import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,16 +17,17 @@ from tests.runs import (
     SCALE,
     SHORT,
     assert_same_run,
+    at_step,
     has_line,
     lines_of,
     names,
-    train_script,
+    run_process,
     wait_for,
     weights_of,
 )
 from train import main
 
-WAYS = {"one": (0, "ddp"), "ddp2": (2, "ddp"), "fsdp2": (2, "fsdp"), "ddp4": (4, "ddp")}
+WAYS = {"one": (0, "ddp"), "ddp2": (2, "ddp"), "fsdp2": (2, "fsdp")}
 
 
 def go(way, *args):
@@ -34,17 +36,21 @@ def go(way, *args):
     args = [*map(str, args), "--parallel", parallel]
     if not n_process:
         return main(args)
-    done = train_script(*args, n_process=n_process)
+    done = run_process(*args, n_process=n_process)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="module")
-def runs(data, tmp_path_factory):
-    """The folders of one and the same run in each of WAYS."""
-    folders = {way: tmp_path_factory.mktemp(way) for way in WAYS}
-    for way, out in folders.items():
+@pytest.fixture(scope="session")
+def run_in(data, tmp_path_factory):
+    """A function that does one and the same run in one of WAYS, once, and returns its folder."""
+
+    @functools.cache
+    def run(way):
+        out = tmp_path_factory.mktemp(way)
         go(way, *SCALE, "--data", data, "--out", out)
-    return folders
+        return out
+
+    return run
 
 
 # --- many processes ---
@@ -66,26 +72,24 @@ def assert_close_runs(one, two):
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "one"])
-def test_many_processes_train_as_one(way, runs):
-    updates, evals = read_log(runs["one"])
+def test_many_processes_train_as_one(way, run_in):
+    updates, evals = read_log(run_in("one"))
     assert len(updates) == 20 and len(evals) == 2 and updates[0]["worst_load"] > 1
-    biases = [bias for name, bias in weights_of(runs["one"]).items() if name.endswith("ffn.bias")]
+    biases = [bias for name, bias in weights_of(run_in("one")).items() if name.endswith("ffn.bias")]
     assert any(bias.any() for bias in biases)
-    assert_close_runs(runs["one"], runs[way])
+    assert_close_runs(run_in("one"), run_in(way))
 
 
-def test_recomputed_activations_are_the_same(runs, data, tmp_path):
+def test_recomputed_activations_are_the_same(run_in, data, tmp_path):
     go("one", *SCALE, "--data", data, "--out", tmp_path / "one", "--recompute")
-    assert_same_run(runs["one"], tmp_path / "one")
+    assert_same_run(run_in("one"), tmp_path / "one")
     go("fsdp2", *SCALE, "--data", data, "--out", tmp_path / "fsdp", "--recompute")
-    assert_close_runs(runs["one"], tmp_path / "fsdp")
+    assert_close_runs(run_in("one"), tmp_path / "fsdp")
 
 
-@pytest.mark.parametrize(
-    "saved,resumed", [("fsdp2", "one"), ("fsdp2", "ddp2"), ("one", "fsdp2"), ("ddp2", "one")]
-)
-def test_a_checkpoint_goes_on_in_any_way_and_samples(saved, resumed, runs, tmp_path, capsys):
-    out = shutil.copytree(runs[saved], tmp_path / "run")
+@pytest.mark.parametrize("saved,resumed", [("fsdp2", "one"), ("ddp2", "one"), ("one", "fsdp2")])
+def test_a_checkpoint_goes_on_in_any_way_and_samples(saved, resumed, run_in, tmp_path, capsys):
+    out = shutil.copytree(run_in(saved), tmp_path / "run")
     (out / "step-00000020.pt").unlink()
     (out / "best.pt").unlink()
     options = ["--prompt", "1", "--max_new_tokens", "5", "--device", "cpu"]
@@ -94,61 +98,53 @@ def test_a_checkpoint_goes_on_in_any_way_and_samples(saved, resumed, runs, tmp_p
     loads = [load for name, load in weights_of(out).items() if name.endswith("load")]
     assert loads and not any(load.any() for load in loads)
     go(resumed, *SCALE, "--out", out, "--resume")
-    assert_close_runs(runs["one"], out)
+    assert_close_runs(run_in("one"), out)
 
 
 # --- signals ---
 
 
+def unexpected(number, _):
+    raise AssertionError(f"the run has no handler of the signal {number}")
+
+
+@contextmanager
+def signalled(step, number, handler=unexpected):
+    """A context in which a signal comes in the update after this many steps. Its handler at the
+    start is this one. (A shell ignores SIGINT in what it runs in the background.)"""
+    before = signal.signal(number, handler)
+    try:
+        with at_step(step, lambda: signal.raise_signal(number)):
+            yield
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_run_after_its_step(number, start, data, tmp_path):
-    def receive():  # a shell starts what runs in the background with SIGINT ignored
-        signal.signal(number, signal.SIG_DFL)
-
-    args = [*LONG, "--save_every", 100000, "--data", data, "--out", tmp_path]
-    process = start(*args, preexec_fn=receive)
-    wait_for(has_line(tmp_path), process)
-    process.send_signal(number)
-    output = process.communicate(timeout=LIMIT)[0]
-    assert process.returncode == 0 and "Traceback" not in output
-    (path,) = list_checkpoints(tmp_path)
-    step = load_checkpoint(path)[1]["step"]
-    end = f"stopped by a signal, saved after step {step} of 100000: --resume goes on\n"
-    assert output.endswith(end)  # without the sample
-    assert [line["step"] for line in read_log(tmp_path)[0]] == list(range(1, step + 1))
+def test_a_signal_ends_the_run_after_its_step(number, whole, data, tmp_path, capsys):
+    args = [*SHORT, "--data", str(data), "--out", str(tmp_path)]
+    with signalled(13, number):
+        main(args)
+    end = "stopped by a signal, saved after step 14 of 30: --resume goes on\n"
+    assert capsys.readouterr().out.endswith(end)  # without the sample
+    assert names(tmp_path) == ["best.pt", "log.jsonl", "step-00000010.pt", "step-00000014.pt"]
+    main([*args, "--resume"])
+    assert_same_run(whole, tmp_path)
 
 
-def test_under_nohup_a_closed_terminal_does_not_stop_a_run(start, data, tmp_path):
+def test_a_signal_in_the_last_update_changes_nothing(whole, data, tmp_path, capsys):
+    with signalled(29, signal.SIGTERM):
+        main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
+    assert_same_run(whole, tmp_path)
+    output = capsys.readouterr().out
+    assert "stopped by a signal" not in output and "\na" in output  # the sample
+
+
+def test_under_nohup_a_closed_terminal_does_not_stop_a_run(whole, data, tmp_path):
     """nohup starts a program with SIGHUP ignored."""
-
-    def ignore():
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    args = [*LONG, "--save_every", 100000, "--data", data, "--out", tmp_path]
-    process = start(*args, preexec_fn=ignore)
-    wait_for(has_line(tmp_path), process)
-    process.send_signal(signal.SIGHUP)
-    n_update = len(read_log(tmp_path)[0])
-    wait_for(lambda: len(read_log(tmp_path)[0]) > n_update + 5, process)
-    process.terminate()
-    assert "stopped by a signal, saved" in process.communicate(timeout=LIMIT)[0]
-
-
-def test_a_second_signal_ends_the_run_at_once(start, data, tmp_path):
-    """In a step of a minute. What comes within a second of the first is its echo: a scheduler
-    signals torchrun and its processes, and torchrun passes it on to these."""
-    args = [*SHORT, "--batch_tokens", 32 * 4 * 20_000, "--data", data, "--out", tmp_path]
-    process = start(*args)
-    assert "writing" in process.stdout.readline()
-    time.sleep(1)
-    process.terminate()
-    time.sleep(0.3)
-    process.terminate()
-    time.sleep(2)
-    assert process.poll() is None
-    process.terminate()
-    assert process.wait(timeout=LIMIT) == -signal.SIGTERM
-    assert names(tmp_path) == ["log.jsonl"]
+    with signalled(13, signal.SIGHUP, signal.SIG_IGN):
+        main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
+    assert_same_run(whole, tmp_path)
 
 
 def test_torchrun_passes_a_signal_on(start, data, tmp_path):
@@ -166,12 +162,12 @@ def test_torchrun_passes_a_signal_on(start, data, tmp_path):
 
 
 def test_a_folder_takes_one_run_at_a_time(start, data, tmp_path):
-    args = [*LONG, "--save_every", 100000, "--data", data, "--out", tmp_path]
-    first = start(*args)
+    args = ["--data", str(data), "--out", str(tmp_path)]
+    first = start(*LONG, "--save_every", 100000, *args)
     wait_for(has_line(tmp_path), first)
     for option, message in (("--seed=1", "holds the log of"), ("--resume", "another run is")):
-        second = train_script(*SHORT, "--data", data, "--out", tmp_path, option)
-        assert second.returncode == 2 and "error: " in second.stderr and message in second.stderr
+        with pytest.raises(ValueError, match=message):
+            main([*SHORT, *args, option])
     first.terminate()
     assert "saved after step" in first.communicate(timeout=LIMIT)[0]
     steps = [line["step"] for line in read_log(tmp_path)[0]]
@@ -202,7 +198,7 @@ train.run_script(train.main)
 
 def test_a_rank_that_dies_ends_the_others_and_is_named(dying, data, tmp_path):
     args = [*SCALE, "--data", data, "--out", tmp_path / "run"]
-    done = train_script(*args, n_process=2, script=dying)
+    done = run_process(*args, n_process=2, script=dying)
     assert done.returncode != 0
     assert "rank      : 1 (local_rank: 1)" in done.stderr and "SIGKILL" in done.stderr
     assert names(tmp_path / "run") == ["best.pt", "log.jsonl", "step-00000010.pt"]
@@ -210,17 +206,17 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(dying, data, tmp_path):
 
 def test_a_signal_to_one_process_stops_them_all(dying, data, tmp_path):
     args = [*SCALE, "--data", data, "--out", tmp_path / "run"]
-    done = train_script(*args, n_process=2, script=dying, env={"SIGNAL": "SIGTERM"})
+    done = run_process(*args, n_process=2, script=dying, env={"SIGNAL": "SIGTERM"})
     assert done.returncode == 0, done.stderr
     assert "stopped by a signal, saved after step 14 of 20: --resume goes on" in done.stdout
 
 
-def test_torchrun_restarts_a_run_where_it_was(runs, dying, data, tmp_path):
+def test_torchrun_restarts_a_run_where_it_was(run_in, dying, data, tmp_path):
     args = [*SCALE, "--data", data, "--out", tmp_path / "run", "--resume"]
-    done = train_script(*args, n_process=2, restarts=1, script=dying)
+    done = run_process(*args, n_process=2, restarts=1, script=dying)
     assert done.returncode == 0, done.stderr
     assert "going on after step 10" in done.stdout
-    assert_same_run(runs["ddp2"], tmp_path / "run")
+    assert_same_run(run_in("ddp2"), tmp_path / "run")
 
 
 def test_processes_that_see_different_checkpoints_do_not_start(halves, data, tmp_path):
@@ -235,7 +231,7 @@ if os.environ["RANK"] == "1":
 train.run_script(train.main)
 """)
     args = [*SHORT, "--micro_batch", 2, "--data", data, "--resume", "--out", halves]
-    done = train_script(*args, n_process=2, script=script)
+    done = run_process(*args, n_process=2, script=script)
     assert done.returncode != 0
     assert "error: the processes found different checkpoints" in done.stderr
     assert not (tmp_path / "other").exists()
@@ -243,7 +239,7 @@ train.run_script(train.main)
 
 def test_bad_input_ends_all_processes(data, tmp_path):
     args = [*SHORT, "--data", tmp_path / "nowhere", "--out", tmp_path / "run"]
-    done = train_script(*args, n_process=2)
+    done = run_process(*args, n_process=2)
     assert done.returncode != 0 and "train.py: error: no prepared data in" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -259,6 +255,6 @@ atexit.register(os.abort)
 train.run_script(train.main)
 """)
     args = [*SHORT, "--parallel", "fsdp", "--steps", 1, "--data", data, "--out", tmp_path / "run"]
-    done = train_script(*args, n_process=1, script=script)
+    done = run_process(*args, n_process=1, script=script)
     assert done.returncode == 0, done.stderr
     assert "\na" in done.stdout and done.stdout.endswith("\n")  # the sample is all there

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,16 +18,9 @@ from data.evaluation import evaluate
 from data.prepare import prepare
 from data.tokens import load_meta, load_tokenizer, open_tokens
 from kha import Config, Transformer
-from sample import (
-    Cache,
-    compile_steps,
-    generate,
-    main,
-    sample_logits,
-    write_samples,
-)
+from sample import Cache, compile_steps, generate, main, sample_logits, write_samples
 from tests.reference import scramble
-from tests.runs import ROOT
+from tests.runs import ROOT, change_token
 
 TINY = dict(
     vocab_size=320, block_size=64, n_layer=2, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, d_ff=32
@@ -49,89 +43,16 @@ def save(model, folder):
     save_checkpoint(folder, {**weights, **rest}, best=True)
 
 
-def sample(*args, stdin=""):
-    done = subprocess.run(
-        [sys.executable, ROOT / "sample.py", *map(str, args)],
-        input=stdin,
-        capture_output=True,
-        text=True,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.mark.parametrize("prompt", [[5], list(range(30))], ids=["one token", "thirty"])
-def test_with_the_cache_as_without(model, prompt):
-    (cached,) = new_tokens(model, prompt, max_new_tokens=30, temperature=0)
-    plain = list(prompt)
+@pytest.mark.parametrize("how", [(0, 0, 1), (0.9, 50, 0.9)], ids=["greedy", "drawn"])
+def test_with_the_cache_as_without(model, prompt, how):
+    options = dict(zip(("temperature", "top_k", "top_p"), how, strict=True))
+    (cached,) = new_tokens(model, prompt, max_new_tokens=30, seed=3, **options)
+    plain, generator = list(prompt), torch.Generator().manual_seed(3)
     for _ in range(30):
-        plain.append(model(torch.tensor([plain]))[0, -1].argmax().item())
+        logits = model(torch.tensor([plain]))[:, -1]
+        plain.append(sample_logits(logits, generator=generator, **options).item())
     assert cached == plain[len(prompt) :]
-
-
-@pytest.mark.parametrize("n_prompt", [1, 62, 63, 64, 70], ids=lambda n: f"{n} of 64")
-def test_the_step_is_captured_once_after_it_has_run(n_prompt, model, monkeypatch):
-    """Also where the prompt fills the context, so that the first new token needs no step."""
-    right = new_tokens(model, [1] * n_prompt, 2, 6)
-    lengths, captured = [], []
-
-    def capture(step, generator):
-        captured.append(list(lengths))
-        return step
-
-    monkeypatch.setattr("sample.can_capture", lambda model: True)
-    monkeypatch.setattr("sample.capture", capture)
-    model.embed.register_forward_hook(lambda _, args, out: lengths.append(args[0].shape))
-    assert new_tokens(model, [1] * n_prompt, 2, 6) == right
-    (before,) = captured
-    assert before.count((2, 1)) == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("n_samples", [1, 32])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {},
-        dict(n_expert=128, top_k=4),
-        dict(attention="gta"),
-        dict(attention="mla", kv_rank=16, knock_v="linear"),
-    ],
-    ids=["dense", "mixture", "gta", "mla"],
-)
-def test_compiled_steps_are_eager_ones(shape, n_samples):
-    model = scramble(Transformer(Config(**TINY, **shape))).to("cuda", torch.bfloat16).eval()
-    device = model.embed.weight.device
-
-    @torch.no_grad()
-    def step():
-        cache = Cache(model, 4)
-        with torch.compiler.set_stance("force_eager"):
-            model(torch.tensor([[5, 6, 7]], device=device), cache=cache)
-        cache.repeat(n_samples)
-        position = torch.tensor([3], device=device)
-        return model(
-            torch.arange(n_samples, device=device)[:, None], position=position, cache=cache
-        )
-
-    eager = step()
-    assert len(new_tokens(model, [5, 6, 7], n_samples, max_new_tokens=4)) == n_samples
-    compile_steps(model, n_samples)
-    assert (step() - eager).norm() < 0.05 * eager.norm()
-    assert len(new_tokens(model, [5, 6, 7], n_samples, max_new_tokens=4)) == n_samples
-
-
-def test_the_end_of_the_model_is_compiled_with_its_blocks(model, monkeypatch):
-    calls, options = [], dict(max_new_tokens=3, temperature=0)
-    eager = new_tokens(model, [5, 6, 7], **options)
-
-    def compiled(function, **_):
-        return lambda x: calls.append(x.shape) or function(x)
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
-    compile_steps(model, 1)
-    assert new_tokens(model, [5, 6, 7], **options) == eager
-    assert (1, 1, 32) in calls
 
 
 @pytest.mark.parametrize("n_prompt", [1, 20, 63, 64, 100])
@@ -144,19 +65,6 @@ def test_text_longer_than_the_context_slides(model, n_prompt):
         plain.append(model(torch.tensor([seen]))[0, -1].argmax().item())
         seen = (seen if len(seen) < 64 else seen[-31:]) + plain[-1:]
     assert samples == [plain, plain]
-
-
-def test_drawn_with_the_cache_as_without(model):
-    options = dict(temperature=0.9, top_k=50, top_p=0.9)
-    (cached,) = new_tokens(model, [5, 6], max_new_tokens=30, seed=3, **options)
-    plain, generator = [5, 6], torch.Generator().manual_seed(3)
-    for _ in range(30):
-        plain.append(
-            sample_logits(
-                model(torch.tensor([plain]))[:, -1], generator=generator, **options
-            ).item()
-        )
-    assert cached == plain[2:]
 
 
 def test_a_batch_of_samples_differs_and_the_seed_repeats(model):
@@ -199,9 +107,8 @@ def test_ids_outside_the_tokenizer_are_never_drawn(model):
 
 
 def test_each_sample_stops_at_end_of_text(model):
-    samples = new_tokens(
-        model, [1], n_samples=4, max_new_tokens=60, temperature=3.0, n_vocab=8, eot=7
-    )
+    options = dict(n_samples=4, max_new_tokens=60, temperature=3.0, n_vocab=8, eot=7)
+    samples = new_tokens(model, [1], **options)
     assert all(7 not in tokens for tokens in samples)
     for tokens in samples:
         length = tokens.index(None) if None in tokens else len(tokens)
@@ -255,43 +162,42 @@ def test_characters_of_several_bytes_are_written_whole(model, capsys):
     assert prompts[-1] == [list(b"<|endoftext|>")]  # in a prompt it is text, as in a document
 
 
-def test_the_script(model, tmp_path):
+def test_the_script_writes_samples(model, tmp_path, run_here):
     save(model, tmp_path)
-    path = tmp_path / "step-00000001.pt"
-    code, one, _ = sample("--checkpoint", path, "--prompt", "def", "--max_new_tokens", 10)
-    assert code == 0 and one.startswith("def")
-    code, piped, _ = sample(
-        "--checkpoint", path, "--prompt", "-", "--max_new_tokens", 10, stdin="def"
-    )
-    assert piped == one
-    code, several, _ = sample("--checkpoint", path, "--n_samples", 3, "--max_new_tokens", 10)
-    assert code == 0 and [line for line in several.split("\n") if line.startswith("--- ")] == [
-        "--- 1 of 3 ---",
-        "--- 2 of 3 ---",
-        "--- 3 of 3 ---",
-    ]
+    words = ["--checkpoint", tmp_path, "--max_new_tokens", 10]
+    one = run_here(main, *words, "--prompt", "def").stdout
+    assert one.startswith("def") and len(one) > 10
+    assert run_here(main, *words, "--prompt", "-", stdin=b"def").stdout == one
+    several = run_here(main, *words, "--n_samples", 3).stdout.split("\n")
+    rulers = ["--- 1 of 3 ---", "--- 2 of 3 ---", "--- 3 of 3 ---"]
+    assert [line for line in several if line.startswith("--- ")] == rulers
 
-    command = [sys.executable, ROOT / "sample.py", "--checkpoint", path, "--prompt", "-"]
-    done = subprocess.run(command, input=b"a\xff", capture_output=True)
-    assert done.returncode == 2 and b"the prompt is not UTF-8 text" in done.stderr
 
-    broken = tmp_path / "broken.pt"
-    broken.write_bytes(path.read_bytes()[:1000])
-    for args, message in [
-        (("--checkpoint", tmp_path / "none.pt"), "no checkpoint at"),
-        (("--checkpoint", broken), "damaged"),
-        (("--checkpoint", path, "--top", 5), "unknown option --top: did you mean --top_"),
-        (("--checkpoint", path, "--device", "tpu"), "device 'tpu' is not available"),
-        (("--checkpoint", path, "--seed", "x"), "invalid int value"),
-        (("--checkpoint", path, "--evaluate", "a", "--export_hf", "b"), "give one of them"),
-        (("--checkpoint", path, "--evaluate", "a", "--top_p", 0.5), "--top_p changes nothing in"),
-        (("--checkpoint", path, "--export_hf", "a", "--prompt", "b"), "--prompt changes nothing"),
-        (("--checkpoint", path, "--device", "cpu", "--compile"), "--compile is for CUDA"),
-        (("--checkpoint", path, "--export_hf", ""), "--export_hf is empty"),
-        (("--checkpoint", path, "--prompt", "a\udcff"), "--prompt a? is not UTF-8 text"),
-    ]:
-        code, out, err = sample(*args)
-        assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+@pytest.mark.parametrize(
+    "args,message",
+    [
+        ("--checkpoint none.pt", "no checkpoint at"),
+        ("--checkpoint broken.pt", "damaged"),
+        ("--top 5", "unknown option --top: did you mean --top_"),
+        ("--device tpu", "device 'tpu' is not available"),
+        ("--seed x", "invalid int value"),
+        ("--prompt -", "the prompt is not UTF-8 text"),
+        ("--prompt a\udcff", "--prompt a? is not UTF-8 text"),
+        ("--evaluate a --export_hf b", "give one of them"),
+        ("--evaluate a --top_p 0.5", "--top_p changes nothing in"),
+        ("--export_hf a --prompt b", "--prompt changes nothing"),
+        ("--export_hf EMPTY", "--export_hf is empty"),
+        ("--device cpu --compile", "--compile is for CUDA"),
+    ],
+)
+def test_bad_input_is_one_line(args, message, model, tmp_path, run_here):
+    save(model, tmp_path)
+    checkpoint = tmp_path / "step-00000001.pt"
+    Path("broken.pt").write_bytes(checkpoint.read_bytes()[:1000])
+    words = ["" if word == "EMPTY" else word for word in args.split()]
+    done = run_here(main, "--checkpoint", checkpoint, *words, stdin=b"a\xff")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("sample.py: error: ") and message in done.stderr
 
 
 def test_the_held_out_loss_of_a_checkpoint(whole, data, capsys):
@@ -313,13 +219,10 @@ def test_of_little_text_all_is_measured(whole, tmp_path, capsys):
     assert f"({n - 1} of {n} held-out tokens of " in capsys.readouterr().out and n < 32
 
 
-@pytest.mark.parametrize("token", [7, 300])
-def test_data_that_have_changed_are_not_measured(token, whole, data, tmp_path, capsys):
+def test_data_that_have_changed_are_not_measured(whole, data, tmp_path, capsys):
     other = shutil.copytree(data, tmp_path / "data")
-    tokens = open_tokens(other, "val").copy()
-    tokens[100] = token
-    tokens.tofile(other / "val.bin")
-    with pytest.raises(ValueError, match="has changed since it was|outside its vocabulary"):
+    change_token(other / "val.bin", 7)
+    with pytest.raises(ValueError, match="has changed since it was"):
         main(["--checkpoint", str(whole), "--device", "cpu", "--evaluate", str(other)])
     assert capsys.readouterr().out == ""
 
@@ -334,21 +237,21 @@ def test_output_that_nobody_reads_ends_quietly(model, tmp_path):
 
 
 def test_an_id_that_is_no_token_is_written_as_unknown(model, capsys):
+    ranks, special = {bytes([b]): b for b in range(256)}, {"<|endoftext|>": 319}
     tokenizer = tiktoken.Encoding(
-        "gap",
-        pat_str=".",
-        mergeable_ranks={bytes([b]): b for b in range(256)},
-        special_tokens={"<|endoftext|>": 319},
+        "gap", pat_str=".", mergeable_ranks=ranks, special_tokens=special
     )
     write_samples(model, tokenizer, "a", n_samples=3, max_new_tokens=40, temperature=5.0)
     assert "\ufffd" in capsys.readouterr().out
 
 
+# --- on a GPU ---
+
+
 def test_the_device_is_what_was_asked_for(monkeypatch):
     assert pick_device("cpu") == "cpu"
-    with pytest.raises(
-        ValueError, match="device 'cuda:0' is not available here: choose from .*cpu"
-    ):
+    message = "device 'cuda:0' is not available here: choose from .*cpu"
+    with pytest.raises(ValueError, match=message):
         pick_device("cuda:0")
     for there, best in ((False, "cpu"), (True, "cuda")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
@@ -356,19 +259,73 @@ def test_the_device_is_what_was_asked_for(monkeypatch):
         assert pick_device("auto") == best
 
 
-@pytest.mark.parametrize(
-    "n_moe,chip,dtype,takes",
-    [
-        (0, 8, torch.float32, True),
-        (1, 8, torch.bfloat16, False),
-        (1, 9, torch.float32, False),
-        (1, 9, torch.bfloat16, True),
-    ],
-)
+@pytest.mark.parametrize("n_moe,chip,dtype,takes", [
+    (0, 8, torch.float32, True), (1, 8, torch.bfloat16, False),
+    (1, 9, torch.float32, False), (1, 9, torch.bfloat16, True),
+])  # fmt: skip
 def test_graphs_are_for_what_needs_no_cpu(n_moe, chip, dtype, takes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (chip, 0))
     weight = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype)
-    fake = SimpleNamespace(
-        embed=SimpleNamespace(weight=weight), moes=lambda: [None] * n_moe, compute_dtype=None
-    )
+    embed = SimpleNamespace(weight=weight)
+    fake = SimpleNamespace(embed=embed, moes=lambda: [None] * n_moe, compute_dtype=None)
     assert can_capture(fake) == takes and not can_capture(Transformer(Config(**TINY)))
+
+
+@pytest.mark.parametrize("n_prompt", [1, 62, 63, 64, 70], ids=lambda n: f"{n} of 64")
+def test_the_step_is_captured_once_after_it_has_run(n_prompt, model, monkeypatch):
+    """Also where the prompt fills the context, so that the first new token needs no step."""
+    right = new_tokens(model, [1] * n_prompt, 2, 6)
+    lengths, captured = [], []
+
+    def capture(step, generator):
+        captured.append(list(lengths))
+        return step
+
+    monkeypatch.setattr("sample.can_capture", lambda model: True)
+    monkeypatch.setattr("sample.capture", capture)
+    model.embed.register_forward_hook(lambda _, args, out: lengths.append(args[0].shape))
+    assert new_tokens(model, [1] * n_prompt, 2, 6) == right
+    (before,) = captured
+    assert before.count((2, 1)) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_samples", [1, 32])
+@pytest.mark.parametrize("shape", [
+    {}, dict(n_expert=128, top_k=4), dict(attention="gta"),
+    dict(attention="mla", kv_rank=16, knock_v="linear"),
+], ids=["dense", "mixture", "gta", "mla"])  # fmt: skip
+def test_compiled_steps_are_eager_ones(shape, n_samples):
+    model = scramble(Transformer(Config(**TINY, **shape))).to("cuda", torch.bfloat16).eval()
+    device = model.embed.weight.device
+
+    @torch.no_grad()
+    def step():
+        cache = Cache(model, 4)
+        with torch.compiler.set_stance("force_eager"):
+            model(torch.tensor([[5, 6, 7]], device=device), cache=cache)
+        cache.repeat(n_samples)
+        position = torch.tensor([3], device=device)
+        return model(
+            torch.arange(n_samples, device=device)[:, None], position=position, cache=cache
+        )
+
+    eager = step()
+    assert len(new_tokens(model, [5, 6, 7], n_samples, max_new_tokens=4)) == n_samples
+    compile_steps(model, n_samples)
+    assert (step() - eager).norm() < 0.05 * eager.norm()
+    assert len(new_tokens(model, [5, 6, 7], n_samples, max_new_tokens=4)) == n_samples
+
+
+def test_the_end_of_the_model_is_compiled_with_its_blocks(model, monkeypatch):
+    calls, options = [], dict(max_new_tokens=3, temperature=0)
+    eager = new_tokens(model, [5, 6, 7], **options)
+
+    def compiled(function, **_):
+        return lambda x: calls.append(x.shape) or function(x)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    compile_steps(model, 1)
+    assert new_tokens(model, [5, 6, 7], **options) == eager
+    assert (1, 1, 32) in calls

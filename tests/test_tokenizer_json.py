@@ -94,11 +94,9 @@ def test_the_library_reads_what_we_write(name, small, monkeypatch):
         ours = load_tokenizer("byte")
     else:
         ranks = JsonTokenizer(small.to_str())._mergeable_ranks
+        pattern, special = pattern_of(name, monkeypatch), {END: 0, "<|endofprompt|>": 700}
         ours = tiktoken.Encoding(
-            name,
-            pat_str=pattern_of(name, monkeypatch),
-            mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": 0, "<|endofprompt|>": 700},
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )
     text = to_json(ours)
     theirs = tokenizers.Tokenizer.from_str(text)
@@ -240,11 +238,8 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("model/continuing_subword_prefix", "##", "which has a continuing_subword_prefix"),
         ("normalizer", {"type": "Lowercase"}, "which has the normalizer .*Lowercase"),
         ("post_processor", add_begin(), "a post_processor .TemplateProcessing. that adds tokens"),
-        (
-            "post_processor",
-            {"type": "Sequence", "processors": [{"type": "ByteLevel"}, add_begin()]},
-            "a post_processor .Sequence. that adds tokens",
-        ),
+        ("post_processor", {"type": "Sequence", "processors": [{"type": "ByteLevel"}, add_begin()]},
+         "a post_processor .Sequence. that adds tokens"),
         ("pre_tokenizer", DIGITS, "which has the pre_tokenizer .*Digits"),
         ("pre_tokenizer", {"type": "Metaspace", "replacement": "_"}, "pre_tokenizer .*Metaspace"),
         ("pre_tokenizer", split_by("[0-9]{1,3}+|."), "which has the pre_tokenizer"),
@@ -257,19 +252,13 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("pre_tokenizer", split_by(r"\w+|\W"), "which has the pre_tokenizer"),
         ("pre_tokenizer", split_by(r"[a-z]+\b|(?s:.)"), "which has the pre_tokenizer"),
         ("pre_tokenizer", split_by("x|[^x]+", ".+|\n"), "which has the pre_tokenizer"),
-        (
-            "pre_tokenizer",
-            {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True},
-            "which has the pre_tokenizer .*prefix_space.: true",
-        ),
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True},
+         "which has the pre_tokenizer .*prefix_space.: true"),
         ("pre_tokenizer", split_by()["pretokenizers"][0], "which has the pre_tokenizer"),
         ("pre_tokenizer", None, "damaged or no tokenizer.json"),
         ("added_tokens", [], "which has no added token <|endoftext|>"),
-        (
-            "added_tokens",
-            [{"content": END, "id": 0}, {"content": "", "id": 600}],
-            "the added token '' with the id 600",
-        ),
+        ("added_tokens", [{"content": END, "id": 0}, {"content": "", "id": 600}],
+         "the added token '' with the id 600"),
         ("model/vocab/a", 300, "which has two tokens of one id"),
         ("added_tokens/0/id", 600, "id 600, which transformers takes for 0"),
         ("added_tokens/0/content", "<end>", "id 0, which transformers takes for 600"),
@@ -278,7 +267,7 @@ DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_d
         ("model/merges", [], "which has the pre_tokenizer"),
         ("model", "removed", "damaged or no tokenizer.json"),
     ],
-)
+)  # fmt: skip
 def test_what_tiktoken_cannot_compute_is_refused(path, value, message, small, tmp_path):
     content = json.loads(small.to_str())
     change(content, path, value)
@@ -366,23 +355,15 @@ def test_a_text_at_which_the_tokenizer_fails_is_named(
 # --- the file goes along ---
 
 
-@pytest.fixture
-def counting(tmp_path):
-    """A text to train on."""
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"{i} and {i + 1} are {2 * i + 1}\n" for i in range(3000)))
-    return str(path)
-
-
 def sample_from(out, *words):
     sample.main(["--checkpoint", str(out), "--device", "cpu", *map(str, words)])
 
 
-def test_the_file_goes_along(small, counting, data, tmp_path, capfd):
+def test_the_file_goes_along(small, text, data, tmp_path, capfd):
     source, own, out = tmp_path / "my.json", tmp_path / "own", tmp_path / "out"
     small.save(str(source))
     content = source.read_text()
-    prepare([counting], str(own), tokenizer=str(source))
+    prepare([text], str(own), tokenizer=str(source))
     source.unlink()
     meta = load_meta(own)
     assert meta["tokenizer"] == str(own / "tokenizer.json")
@@ -404,12 +385,12 @@ def test_the_file_goes_along(small, counting, data, tmp_path, capfd):
     assert (tmp_path / "hf" / "tokenizer.json").read_text() == content
 
 
-def test_a_replaced_file_is_refused(small, counting, tmp_path, monkeypatch):
+def test_a_replaced_file_is_refused(small, text, tmp_path, monkeypatch):
     """Also one of the same size and time, in which two letters have changed places."""
     monkeypatch.setattr("data.tokenizer_json.check_pattern", lambda _: None)  # takes a second
     own, out = tmp_path / "own", tmp_path / "out"
     small.save(str(tmp_path / "my.json"))
-    prepare([counting], str(own), tokenizer=str(tmp_path / "my.json"))
+    prepare([text], str(own), tokenizer=str(tmp_path / "my.json"))
     path = own / "tokenizer.json"
     before, status = path.read_text(), path.stat()
     swapped = before.replace('"a": 65', '"a": 66').replace('"b": 66', '"b": 65')
@@ -434,10 +415,10 @@ def test_a_replaced_file_is_refused(small, counting, tmp_path, monkeypatch):
     train.main(words)
 
 
-def test_data_of_a_version_that_kept_no_hash_of_the_file_are_refused(small, counting, tmp_path):
+def test_data_of_a_version_that_kept_no_hash_of_the_file_are_refused(small, text, tmp_path):
     own = tmp_path / "own"
     small.save(str(tmp_path / "my.json"))
-    meta = prepare([counting], str(own), tokenizer=str(tmp_path / "my.json"))
+    meta = prepare([text], str(own), tokenizer=str(tmp_path / "my.json"))
     del meta["tokenizer_sha256"]
     (own / "meta.json").write_text(json.dumps(meta))
     message = f"if an earlier version prepared them, delete {own} and run data/prepare.py again"
@@ -445,7 +426,7 @@ def test_data_of_a_version_that_kept_no_hash_of_the_file_are_refused(small, coun
         load_meta(str(own))
 
 
-def test_a_model_trains_on_in_its_own_tokens_only(small, counting, data, tmp_path):
+def test_a_model_trains_on_in_its_own_tokens_only(small, text, data, tmp_path):
     model, own, out = tmp_path / "qwen", tmp_path / "own", tmp_path / "out"
     theirs(vocab_size=640).save_pretrained(model)
     words = ["--init", str(model), "--block_size", "32", "--micro_batch", "4", *TINY]
@@ -457,6 +438,6 @@ def test_a_model_trains_on_in_its_own_tokens_only(small, counting, data, tmp_pat
     with pytest.raises(ValueError, match=message):
         train.main([*words, "--data", str(data)])
     assert not out.exists()
-    prepare([counting], str(own), tokenizer=str(model / "tokenizer.json"))
+    prepare([text], str(own), tokenizer=str(model / "tokenizer.json"))
     train.main([*words, "--data", str(own)])
     assert load_checkpoint(out)[0].config.n_embd == 24

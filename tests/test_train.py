@@ -4,9 +4,6 @@ import copy
 import dataclasses
 import math
 import shutil
-import subprocess
-import sys
-import time
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -26,16 +23,18 @@ from kha import CONFIGS, Config, Transformer
 from tests.reference import scramble
 from tests.report import read_log
 from tests.runs import (
-    ROOT,
     SHORT,
     assert_same_run,
+    at_step,
+    contents,
     equal_weights,
     lines_of,
-    stop_at,
-    train_script,
     weights_of,
 )
 from train import TrainConfig, lr_at, main, make_optimizer, parse_config
+
+TINY = dict(vocab_size=50, block_size=8, n_layer=1, n_embd=16, n_head=2, n_kv_head=2)
+TINY |= dict(head_dim=8, d_ff=16)
 
 
 def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
@@ -44,10 +43,8 @@ def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
     steps, evals = read_log(out)
     assert [line["step"] for line in steps] == list(range(1, 31))
     assert steps[-1]["loss"] < 2.5 < 4.5 < steps[0]["loss"]
-    assert all(
-        line["worst_load"] >= 1 and line["grad_norm"] > 0 and line["tokens_per_s"] > 0
-        for line in steps
-    )
+    for line in steps:
+        assert line["worst_load"] >= 1 and line["grad_norm"] > 0 and line["tokens_per_s"] > 0
     schedule = TrainConfig(lr=0.01, steps=30)
     assert [line["lr"] for line in steps] == [lr_at(step, schedule) for step in range(30)]
     assert [line["step"] for line in evals] == [10, 20, 30]
@@ -77,22 +74,24 @@ def test_the_log_begins_with_the_settings(whole, data):
     assert not any("config" in line for line in others)
 
 
-def test_resumed_ends_as_if_never_stopped(data, tmp_path):
-    args = [*SHORT, "--data", str(data)]
-    main([*args, "--out", str(tmp_path / "whole")])
-    with pytest.raises(KeyboardInterrupt):
-        stop_at(14, [*args, "--out", str(tmp_path / "halves")])
-    assert load_checkpoint(tmp_path / "halves")[1]["step"] == 10
-    main([*args, "--out", str(tmp_path / "halves"), "--resume"])
-    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_resumed_ends_as_if_never_stopped(whole, data, tmp_path):
+    args = [*SHORT, "--data", str(data), "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt), at_step(14, interrupt):
+        main(args)
+    assert load_checkpoint(tmp_path)[1]["step"] == 10
+    main([*args, "--resume"])
+    assert_same_run(whole, tmp_path)
 
 
 def test_resume_takes_the_shape_from_the_checkpoint_and_not_from_the_named_config(data, tmp_path):
     mla = "--attention mla --n_kv_head 1 --kv_rank 16 --knock_v linear".split()
     main([*SHORT, *mla, "--data", str(data), "--out", str(tmp_path), "--steps", "1"])
-    config, _, checkpoint = parse_config(
-        ["toy", "--resume", "--out", str(tmp_path), "--kv_rank", "16"]
-    )
+    words = ["toy", "--resume", "--out", str(tmp_path), "--kv_rank", "16"]
+    config, _, checkpoint = parse_config(words)
     assert (config.attention, config.kv_rank, checkpoint["step"]) == ("mla", 16, 1)
     shutil.copytree(tmp_path, "out/toy")  # a folder may be moved, here to the default one
     assert parse_config(["--resume"])[1].out == "out/toy"
@@ -100,21 +99,10 @@ def test_resume_takes_the_shape_from_the_checkpoint_and_not_from_the_named_confi
 
 def test_gradient_accumulation_is_the_large_batch(data, tmp_path):
     losses = []
-    for name, micro in (("large", 8), ("small", 2)):
-        main(
-            [
-                *SHORT,
-                "--data",
-                str(data),
-                "--out",
-                str(tmp_path / name),
-                "--micro_batch",
-                str(micro),
-                "--steps",
-                "10",
-            ]
-        )
-        losses.append([line["loss"] for line in read_log(tmp_path / name)[0]])
+    for micro in ("8", "2"):
+        out = str(tmp_path / micro)
+        main([*SHORT, "--data", str(data), "--out", out, "--micro_batch", micro, "--steps", "10"])
+        losses.append([line["loss"] for line in read_log(tmp_path / micro)[0]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -169,8 +157,7 @@ def test_updates_are_adamw_on_clipped_gradients():
     """Two updates, each of two micro-batches, against the published formulas."""
     settings = TrainConfig(lr=0.01, beta1=0.8, beta2=0.9, weight_decay=0.5, grad_clip=0.1)
     torch.manual_seed(0)
-    shape = dict(vocab_size=50, block_size=8, n_layer=1, n_embd=16, n_head=2, n_kv_head=2)
-    model = Transformer(Config(**shape, head_dim=8, d_ff=16)).double()
+    model = Transformer(Config(**TINY)).double()
     plain, optimizer = copy.deepcopy(model), make_optimizer(model, settings)
     m, v = ([torch.zeros_like(p) for p in plain.parameters()] for _ in range(2))
     for t in (1, 2):
@@ -204,8 +191,7 @@ def test_a_run_balances_by_the_rule_it_is_given(rule, data, tmp_path):
 
 
 def test_the_worst_load_is_that_of_the_worst_layer_and_each_is_balanced():
-    shape = dict(vocab_size=50, block_size=8, n_layer=2, n_embd=16, n_head=2, n_kv_head=2)
-    model = Transformer(Config(**shape, head_dim=8, d_ff=16, n_expert=4, top_k=2))
+    model = Transformer(Config(**{**TINY, "n_layer": 2}, n_expert=4, top_k=2))
     for moe, load in zip(model.moes(), ([6, 3, 2, 1], [3, 3, 3, 3]), strict=True):
         moe.load.copy_(torch.tensor(load))
     assert train.balance_experts(model, torch.tensor(0.01), "sign") == 2
@@ -320,15 +306,13 @@ def test_batches_depend_on_seed_and_step_alone():
     assert torch.equal(batch, batch[:, :1] + torch.arange(17))  # whole sequences of the data
     for seed, step in ((1, 6), (2, 5), (2, 4), (5, 1)):
         assert not torch.equal(batch, draw_batch(tokens, 8, 16, seed, step))
-    assert (
-        draw_batch(tokens[:17], 8, 16, seed=1, step=5)[:, -1].tolist() == [16] * 8
-    )  # the last token is reached
+    last = draw_batch(tokens[:17], 8, 16, seed=1, step=5)[:, -1]  # the last token is reached
+    assert last.tolist() == [16] * 8
 
 
 def test_evaluation_is_the_mean_over_the_first_tokens():
     torch.manual_seed(0)
-    shape = dict(vocab_size=50, block_size=8, n_layer=1, n_embd=16, n_head=2, n_kv_head=2)
-    model = Transformer(Config(**shape, head_dim=8, d_ff=16, n_expert=4, top_k=2))
+    model = Transformer(Config(**TINY, n_expert=4, top_k=2))
     tokens = np.random.default_rng(0).integers(50, size=100)
     rows = torch.from_numpy(np.stack([tokens[i * 8 : i * 8 + 9] for i in range(5)]))
     expected = model.eval()(rows[:, :-1], rows[:, 1:]).item()
@@ -338,18 +322,12 @@ def test_evaluation_is_the_mean_over_the_first_tokens():
 
 
 def test_matrices_decay_and_norms_do_not():
-    model = Transformer(
-        Config(vocab_size=50, n_layer=1, n_embd=16, n_head=2, n_kv_head=2, head_dim=8)
-    )
-    decay = {
-        p: group["weight_decay"]
-        for group in make_optimizer(model, TrainConfig()).param_groups
-        for p in group["params"]
-    }
-    assert {name for name, p in model.named_parameters() if decay[p] == 0} == {
-        name for name, _ in model.named_parameters() if name.endswith("norm.weight")
-    }
+    model, decay = Transformer(Config(**TINY)), {}
+    for group in make_optimizer(model, TrainConfig()).param_groups:
+        decay |= dict.fromkeys(group["params"], group["weight_decay"])
     assert len(decay) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        assert (decay[p] == 0) == name.endswith("norm.weight")
 
 
 # --- starting from weights that are there ---
@@ -398,10 +376,9 @@ def test_a_new_run_starts_from_a_qwen3_folder(data, tmp_path):
 
 def test_a_random_start_of_knocks_changes_no_other_weight():
     """So its runs are pairs with those of no knocks, too."""
-    shape = dict(vocab_size=50, block_size=8, n_layer=2, n_embd=16, n_head=2, n_kv_head=2)
 
     def start(**knocks):
-        config = Config(**shape, head_dim=8, d_ff=16, tie_embeddings=False, **knocks)
+        config = Config(**{**TINY, "n_layer": 2}, tie_embeddings=False, **knocks)
         return dict(train.build_model(config, TrainConfig(), "cpu", 1)[0].named_parameters())
 
     without, random = start(knock_v="none"), start(knock_v="mlp", knock_init="random")
@@ -435,44 +412,25 @@ def test_weights_that_do_not_fit_are_refused(change, message, whole):
 
 
 def test_every_option_is_typed_and_the_config_is_the_default():
-    config, settings, resume = parse_config(
-        ["gpt2", "--n_layer", "3", "--lr", "1e-4", "--no-compile"]
-    )
-    assert (config.n_layer, config.n_embd, settings.lr, settings.compile, resume) == (
-        3,
-        768,
-        1e-4,
-        False,
-        None,
-    )
+    words = ["gpt2", "--n_layer", "3", "--lr", "1e-4", "--no-compile"]
+    config, settings, resume = parse_config(words)
+    assert (config.n_layer, config.n_embd) == (3, 768)
+    assert (settings.lr, settings.compile, resume) == (1e-4, False, None)
     assert settings.out == "out/gpt2"
     assert parse_config([])[0].n_expert == 8  # toy
 
 
-@pytest.mark.parametrize("option", ["--prompt", "--out", "--data"])
-def test_bytes_that_are_not_text_are_refused(option):
-    with pytest.raises(ValueError, match=f"^{option} a.b is not UTF-8 text: convert or rename it"):
-        parse_config([option, "a\udcffb"])
+def test_bytes_that_are_not_text_are_refused():
+    with pytest.raises(ValueError, match="^--out a.b is not UTF-8 text: convert or rename it"):
+        parse_config(["--out", "a\udcffb"])
 
 
-def test_help_says_what_each_option_is():
-    words = " ".join(train_script("--help").stdout.split())
+def test_help_says_what_each_option_is(run_here):
+    words = " ".join(run_here(main, "--help").stdout.split())
     lr = "--lr float peak, after 5% warm-up; a cosine takes it to 10%"
     assert f"{lr} (default: 0.00075, or the config's own)" in words
     assert "--attention str gqa, gta or mla (default: gqa)" in words
     assert "out/CONFIG if not given --init str" in words  # an empty text is no default
-
-
-def test_killed_while_it_prepares_its_data_it_leaves_nothing(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py"], cwd=tmp_path, stderr=subprocess.DEVNULL
-    )
-    while not list(tmp_path.glob("data/stdlib.tmp-*/new/train.bin")):
-        time.sleep(0.01)
-        assert process.poll() is None
-    process.terminate()
-    assert process.wait(timeout=20) == 143
-    assert list(tmp_path.rglob("*")) == [tmp_path / "data"]
 
 
 def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatch):
@@ -503,60 +461,29 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
         ("--out EMPTY", "--out is empty"),
         ("--init EMPTY", "--init is empty"),
         ("--n_kv_head 3", "n_head must be a multiple of n_kv_head"),
-        ("--head_dim 7", "head_dim must be even"),
-        (
-            "--batch_tokens 1024",
-            "8 * 256 * 1 = 2048, not 1024: add --batch_tokens 2048 or --micro_batch 4",
-        ),
+        ("--data DATA --batch_tokens 1024",
+         "8 * 256 * 1 = 2048, not 1024: add --batch_tokens 2048 or --micro_batch 4"),
         ("--balance rsm", "balance must be one of rms, sign"),
         ("--device tpu", "device 'tpu' is not available"),
-        (
-            "--data DATA --vocab_size 100",
-            "a vocabulary of 257 (byte), more than the model's 100: add --vocab_size 320",
-        ),
-        (
-            "--data DATA --block_size 1000000 --micro_batch 1 --batch_tokens 1000000",
-            "fewer than one sequence of 1000000 + 1: prepare more text, or train with --block_size",
-        ),
+        ("--data DATA --vocab_size 100",
+         "a vocabulary of 257 (byte), more than the model's 100: add --vocab_size 320"),
         ("--data DATA --eval_tokens 16", "eval_tokens must be at least block_size, 256, not 16"),
         ("--data nowhere", "no prepared data in nowhere"),
-        ("--data CUT", "truncated"),
         ("--data DATA --out RUN", "holds a run already: add --resume"),
         ("--out BROKEN --resume", "damaged"),
-        (
-            "--out RUN --resume --n_layer 3",
-            "--n_layer 3 differs from the checkpoint's 1: leave it out",
-        ),
-        (
-            "--out RUN --resume --init BROKEN",
-            "differs from the checkpoint's '': leave it out",
-        ),
+        ("--out RUN --resume --n_layer 3",
+         "--n_layer 3 differs from the checkpoint's 1: leave it out"),
+        ("--out RUN --resume --init BROKEN", "differs from the checkpoint's '': leave it out"),
     ],
-)
-def test_bad_input_is_one_line_and_touches_nothing(args, message, data, tmp_path):
-    run, cut = tmp_path / "run", tmp_path / "cut"
-    cut.mkdir()
-    for file in data.iterdir():
-        (cut / file.name).write_bytes(
-            file.read_bytes()[: 1000 if file.name == "train.bin" else None]
-        )
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "step-00000001.pt").write_bytes(b"PK")
-    if "RUN" in args:
-        main([*SHORT, "--data", str(data), "--out", str(run), "--steps", "1"])
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    places = {
-        "DATA": data,
-        "CUT": cut,
-        "RUN": run,
-        "BROKEN": tmp_path / "broken",
-        "NEW": tmp_path / "new",
-        "EMPTY": "",
-    }
-    done = train_script(
-        *(places.get(word, word) for word in args.split()),
-        *([] if "--out" in args else ["--out", tmp_path / "new"]),
-    )
+)  # fmt: skip
+def test_bad_input_is_one_line_and_touches_nothing(args, message, data, halves, tmp_path, run_here):
+    broken = tmp_path / "broken" / "step-00000001.pt"
+    broken.parent.mkdir()
+    broken.write_bytes(b"PK")
+    before = contents(tmp_path)
+    places = {"DATA": data, "RUN": halves, "BROKEN": broken.parent, "EMPTY": ""}
+    words = [places.get(word, word) for word in args.split()]
+    done = run_here(main, *words, *([] if "--out" in args else ["--out", tmp_path / "new"]))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-    assert message in done.stderr
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert done.stderr.startswith("train.py: error: ") and message in done.stderr
+    assert contents(tmp_path) == before
