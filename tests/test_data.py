@@ -654,6 +654,12 @@ def test_bad_rows_are_counted_over_all_files(tmp_path):
     assert meta["skipped_rows"] == 1 and len(all_documents(str(tmp_path / "out"))) == 499
 
 
+def test_a_json_file_that_is_one_list_is_refused_with_a_hint(tmp_path):
+    (tmp_path / "a.json").write_text('[\n  {"text": "a"},\n  {"text": "b"}\n]\n')
+    result = run(tmp_path / "a.json", "--out", tmp_path / "out")
+    assert_refused(result, "3 of 4 rows", "of JSON each line is a row")
+
+
 def test_a_wrong_field_is_noted_early(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 100_000)
     result = run(tmp_path / "a.jsonl", "--out", tmp_path / "out")
