@@ -526,8 +526,8 @@ def plan_fold(model: nn.Module, value: str | None, output: str | None) -> list[t
             raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias or idle outputs")
         if "mlp" in kinds and name.split(".")[-1] == value:
             wo = getattr(model.get_submodule(name.rpartition(".")[0]), output or "", None)
-            if type(wo) not in (nn.Linear, Linear):
-                raise ValueError(f"{name} has no neighbour {output}, a plain nn.Linear")
+            if type(wo) not in (nn.Linear, Linear) or wo.in_features % len(part.weight):
+                raise ValueError(f"{name} has no neighbour {output}, a plain nn.Linear on heads")
         if kinds:
             plan.append((part, wo))
             changed = (part, part.weight, bias, wo, wo and wo.weight)

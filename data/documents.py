@@ -236,7 +236,7 @@ class LeftOut:
         if self.skipped_rows > max(self.rows, at_least) / 100:
             raise ValueError(f"{self.skipped_rows:,} of {self.rows:,} rows, more than 1%, have no "
                              f"valid text in the field {field!r}: {'; '.join(self.examples)}: mend "
-                             "them or name another --field")
+                             "them (of JSON each line is a row) or name another --field")
 
 
 def read_documents(sources: list[Source], field: str, left_out: LeftOut) -> Iterator[Document]:

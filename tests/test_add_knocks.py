@@ -319,6 +319,16 @@ def test_a_fold_that_fails_changes_nothing():
     assert torch.equal(model(X), before)
 
 
+def test_a_fold_into_a_projection_that_does_not_take_the_heads_changes_nothing():
+    model = nn.Sequential(Values(), Values())
+    model[1].o_proj = nn.Linear(20, 24)
+    add_random(model, "mlp")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="1.v_proj has no neighbour o_proj, .* on heads"):
+        fold(model, value="v_proj", output="o_proj")
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 @WITH_OUTPUT
 def test_what_is_frozen_stays_frozen_when_folded(names):
     model = Values()

@@ -551,6 +551,12 @@ def test_bad_rows_are_counted_over_all_files():
     assert meta["skipped_rows"] == 1 and len(all_documents()) == 499
 
 
+def test_a_json_file_that_is_one_list_is_refused_with_a_hint(run_here):
+    write("a.json", '[\n  {"text": "a"},\n  {"text": "b"}\n]\n')
+    done = run_here(main, "a.json", "--out", "out")
+    assert_refused(done, "3 of 4 rows", "of JSON each line is a row")
+
+
 def test_a_wrong_field_is_noted_early():
     write("a.jsonl", '{"body": "x"}\n' * 100_000)
     with pytest.raises(ValueError, match='11 of 11 rows.*{"body": "x"}'):
