@@ -424,13 +424,13 @@ class KnockedLinear(nn.Linear):
 
 
 def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=slice(None)) -> dict:
-    """Put knocks of `kind` (linear or mlp) on projections of a PyTorch model that is not ours.
-    These are the nn.Linear with names that match the fnmatch `pattern`, such as "*.v_proj". Each
-    gets one knock, which its heads of head_dim outputs share; with `rows` only these outputs, such
-    as slice(2 * n_embd, 3 * n_embd) for nanoGPT's values. They start as the identity. Returns the
-    knocks by the names of their projections. Raises ValueError if a module cannot be knocked. Call
-    it before DDP and FSDP, which miss new parameters. To load: make the base model, call add_knocks
-    as before, then load_state_dict. With LoRA on linear knocks: first fold, then merge LoRA."""
+    """Put knocks of `kind` (linear or mlp) on projections of a PyTorch model that is not ours: on
+    each nn.Linear with a name that matches the fnmatch `pattern`, such as "*.v_proj". Its heads
+    (head_dim outputs each, one after another) share one knock. With `rows` only these outputs have
+    it: for nanoGPT's values slice(2 * n_embd, 3 * n_embd); GPT-NeoX's are no slice. Knocks start as
+    the identity. Returns them by the projections' names. Raises ValueError if one cannot be
+    knocked. Call it before DDP and FSDP, which miss new parameters. To load: make the base model,
+    add knocks, then load_state_dict. With LoRA on linear knocks: first fold, then merge LoRA."""
     if isinstance(model, Transformer):
         raise ValueError("ours have their knocks by Config: set knock_q, knock_k, knock_v")
     if kind not in ("linear", "mlp"):

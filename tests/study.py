@@ -515,12 +515,17 @@ def load_plot() -> ModuleType:
     return plot
 
 
+def existing_results(folder: Path) -> list[dict]:
+    """`read_results`. Raises FileNotFoundError if there are none."""
+    found = read_results(folder)
+    if not found:
+        raise FileNotFoundError(f"no results in {folder}: name their folder with --results")
+    return found
+
+
 def update(results: Path) -> None:
     """Rewrite the tables in README.md there, and draw the pictures of all studies with results."""
-    plot = load_plot()
-    found = read_results(results)
-    if not found:
-        raise FileNotFoundError(f"no results in {results}: name their folder with --results")
+    plot, found = load_plot(), existing_results(results)
     readme = results / "README.md"
     if readme.exists():
         new = readme.with_suffix(".new")  # so that no half of it can be left
@@ -579,7 +584,7 @@ def main(argv: list[str]) -> None:
                 raise ValueError(f"plot takes folders alone: leave out --{option}")
         draw_runs(args.folders)
     elif args.table:
-        print(report(args.study, STUDIES[args.study], read_results(args.results)), end="")
+        print(report(args.study, STUDIES[args.study], existing_results(args.results)), end="")
     elif args.update:
         update(args.results)
     else:

@@ -283,6 +283,7 @@ def test_a_wrong_option_shows_before_the_first_run(data, monkeypatch):
         ("toy --minutes nan", "--minutes must be above 0, not nan"),
         ("toy --minutes 0", "--minutes must be above 0, not 0"),
         ("toy --update", "no results in empty"),
+        ("toy --table", "no results in empty"),
         ("plot out/a", "plot takes folders alone: leave out --results"),
         ("toy out/a", "only plot takes any"),
     ],
