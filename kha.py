@@ -247,8 +247,8 @@ class Block(nn.Module):
 def init_weights(module: nn.Module, config: Config, aside: torch.Generator | None = None) -> None:
     """Give every weight its start, in place, for a model or one of its parts.
 
-    Knocks at the identity (section 3.3) draw no random numbers, and random ones draw from `aside`.
-    So with the same seed knocks change no other weight, and at the identity no output of step 0.
+    Knocks at the identity (section 3.3) draw no random numbers. So with the same seed they change
+    no other weight, and no output of step 0. Random ones change no other weight only with `aside`.
     """
     out_std = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: activations do not grow with depth
     for name, p in module.named_parameters():
@@ -284,7 +284,7 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, targets=None, position=None, cache=None) -> Tensor:
         """Logits (B, T, V) of the token after each of tokens (B, T); or with targets (B, T) the
         mean cross-entropy in nats, a scalar. A cache (sample.Cache) stores what later tokens need.
-        Tokens that continue a cached text need their `position` (T,); without it they begin a text.
+        Tokens that continue the text in a cache need their `position` (T,); others begin a text.
         Raises ValueError for more than block_size tokens."""
         T, config = tokens.shape[1], self.config
         if T > config.block_size:
@@ -449,7 +449,7 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
             raise ValueError(f"{name} is sharded or has a forward of its own: add knocks first")
         start, stop, step = rows.indices(part.out_features)
         if step != 1 or start >= stop or head_dim < 1 or (stop - start) % head_dim:
-            raise ValueError(f"outputs {start}:{stop} of {name} do not divide by {head_dim}")
+            raise ValueError(f"outputs {start}:{stop}:{step} of {name} are no heads of {head_dim}")
         if any(a < stop and start < b for a, b in getattr(part, "rows", ())):
             raise ValueError(f"{name} knocks already")
     knocks = {}
@@ -591,7 +591,7 @@ CONFIGS = {  # toy is for two CPU cores, small for studies on one GPU, both for 
     "small": dict(vocab_size=320, n_layer=10, n_embd=512, n_head=12, n_kv_head=4, head_dim=64,
                   d_ff=224, n_expert=32, top_k=4),
     "gpt2": dict(),  # as large as GPT-2 124M, to compare with nanoGPT
-    # Table 5. Of the main model (section 4) the paper prints only parameters: its shape is ours.
+    # Table 5, and the main model (section 4). Its shape and all vocabularies are our guess.
     "moe-0.4b-2.3b": dict(_paper, n_layer=12, n_embd=1152, d_ff=768, n_expert=64, top_k=4),
     "moe-0.8b-6.6b": dict(_paper, n_layer=18, n_embd=1536, d_ff=1152, n_expert=64, top_k=4),
     "moe-1.6b-14.6b": dict(_paper, n_layer=23, n_embd=2048, d_ff=1536, n_expert=64, top_k=4),

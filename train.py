@@ -66,7 +66,7 @@ class TrainConfig:
 
     data: str = DEFAULT_DATA  # folder made by data/prepare.py
     out: str = ""  # folder for checkpoints and log; out/CONFIG if not given
-    init: str = ""  # start from the weights of this run's folder, checkpoint or Qwen3 folder
+    init: str = ""  # start from these weights: another run's folder, a checkpoint or a Qwen3 folder
     seed: int = 1  # of the starting weights and of the batches
     steps: int = 1000  # optimizer steps of the whole run
     batch_tokens: int = 32768  # tokens per optimizer step
@@ -176,7 +176,7 @@ def update(
 
     `wrapped` is what to call for the loss: the model itself, or DDP around it. Returns a tensor
     (4,): loss, grad_norm, worst_load, and 1 if loss and gradient are finite. If they are not, this
-    is 0 and the weights stay as they were. The CPU has not waited for this tensor on the device.
+    is 0 and the weights stay as they were. The device may not have computed this tensor yet.
     """
     loss = torch.zeros((), device=micros.device)
     for i, rows in enumerate(micros):

@@ -65,8 +65,8 @@ class Moment:
 def can_capture(model: Transformer) -> bool:
     """Whether a CUDA graph can hold what the model does.
 
-    It cannot if FSDP gathers weights on streams of its own, nor if F.grouped_mm asks the CPU how
-    many rows each expert has. In bfloat16 on Hopper and Blackwell grouped_mm does not ask.
+    It cannot in two cases: FSDP gathers weights on streams of its own, or F.grouped_mm asks the CPU
+    how many rows each expert has. In bfloat16 on Hopper and Blackwell grouped_mm does not ask.
     """
     weight = model.embed.weight
     if not weight.is_cuda or hasattr(weight, "full_tensor"):

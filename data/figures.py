@@ -53,8 +53,9 @@ def flops_per_token(model: Transformer, length: int) -> int:
     """Training FLOPs of one token in a sequence of `length` tokens, forward and backward.
 
     PaLM's count (arXiv 2204.02311, appendix B), as in nanoGPT: 6 for each weight that a token
-    meets, and 12 n_layer n_head head_dim length for the attention matrix, causal or not. A token
-    meets a knock's weights once in each head. An embedding that is not the output's weight is only
+    meets, and 12 n_layer n_head head_dim length for the attention matrix, causal or not. A
+    knock's weights count once in each head, as in eq. 10-12; so do linear ones, though training
+    multiplies them into W^Q, W^K and W^V. An embedding that is not the output's weight is only
     read, which costs nothing.
     """
     c, again = model.config, 0  # again: knocks' weights, for every head after the first

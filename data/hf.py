@@ -4,7 +4,7 @@ Export: python sample.py --checkpoint out/small --export_hf FOLDER. A model with
 none becomes a stock model, Qwen3ForCausalLM or with experts Glm4MoeForCausalLM. Other knocks leave
 a gate, which stock models do not have: modeling_kha.py goes along, and the folder is loaded with
 trust_remote_code=True. The tokenizer goes along, too. Import: python train.py --init FOLDER
-trains a dense Qwen3 model on, with knocks that start at the identity.
+trains a dense Qwen3 model further, with new knocks.
 
 This needs the optional package safetensors, and never transformers itself.
 """
@@ -17,13 +17,11 @@ from pathlib import Path
 
 import tiktoken
 import torch
-from torch import nn
 
-from data.figures import knocks_of
 from data.script import import_optional, is_taken, new_folder
 from data.tokenizer_json import END, to_json
 from data.tokens import TOKENIZER_FILE
-from kha import Config, Transformer, fold, init_weights
+from kha import Config, Transformer, fold
 
 HF_SIZES = {  # field of Config -> key of config.json
     "vocab_size": "vocab_size",
@@ -190,11 +188,10 @@ def export_texts(model: Transformer, tokenizer: tiktoken.Encoding) -> dict[str, 
 # Import
 
 
-def import_hf(folder: str, **changes) -> Transformer:
-    """The Qwen3 dense model in a folder of transformers (config.json, safetensors) as a model of
-    ours, in float32, to train on. `changes` replace fields of its Config: knock_q, knock_k and
-    knock_v, which start at the identity and so change nothing (default: mlp on v), and block_size
-    (default: the model's longest context).
+def import_hf(folder: str, **changes) -> tuple[Config, dict[str, torch.Tensor]]:
+    """The Config and the weights of the dense Qwen3 model in a folder of transformers (config.json,
+    safetensors): in float32, by our names and without knocks. `changes` replace fields of the
+    Config, those in MAY_CHANGE. By default it has mlp on v, and the model's longest context.
 
     Raises ValueError for a model that is not Qwen3, has what ours has not, or is damaged, and for
     changes that its weights do not fit; OSError for a missing file.
@@ -246,17 +243,14 @@ def import_hf(folder: str, **changes) -> Transformer:
             raise ValueError(f"cannot import {folder}: not all numbers in {bad[0]} are finite")
         with torch.device("meta"):
             model = Transformer(config)
-        knocks = {name: knock.to_empty(device="cpu") for name, knock in knocks_of(model).items()}
-        model.load_state_dict(weights, strict=False, assign=True)  # all but the knocks
+        model.load_state_dict(weights, strict=False, assign=True)  # raises for a wrong shape
     except (
         json.JSONDecodeError, UnicodeError, safetensors.SafetensorError, RuntimeError, KeyError,
         TypeError, AttributeError,
     ) as error:  # fmt: skip
         reason = str(error).strip().split("\n")[-1].strip()
         raise ValueError(f"{folder} is damaged or not a Qwen3 model ({reason})") from error
-    for knock in knocks.values():  # init_weights knows a knock by this name
-        init_weights(nn.ModuleDict({"knock": knock}), config)
-    return model
+    return config, weights
 
 
 def start_from_hf(folder: str, changes: dict) -> tuple[Config, dict]:
@@ -265,7 +259,5 @@ def start_from_hf(folder: str, changes: dict) -> tuple[Config, dict]:
     tokenizer = os.path.join(folder, TOKENIZER_FILE)
     if not os.path.isfile(tokenizer):
         raise FileNotFoundError(f"{tokenizer} is missing: put the model's own there")
-    model = import_hf(folder, **changes)
-    # The run draws random knocks itself, from its seed and the same in all its processes.
-    weights = {name: w for name, w in model.state_dict().items() if ".knock." not in name}
-    return model.config, {"model": weights, "step": 0, "tokenizer": tokenizer}
+    config, weights = import_hf(folder, **changes)
+    return config, {"model": weights, "step": 0, "tokenizer": tokenizer}

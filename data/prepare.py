@@ -14,7 +14,8 @@ document. Files may be packed as .gz or .zst. (hf:, .parquet, .zst: pip install 
 
 The output folder holds train.bin and val.bin (flat token ids, each document ended by the
 end-of-text token), meta.json and verified.json. About val_fraction of the tokens are held out for
-validation, but at least 1025, and in whole documents if possible: see data/split.py.
+validation, but at least 1025 (of a text with fewer than 2050 tokens a quarter), and in whole
+documents if possible: see data/split.py.
 
 Duplicate and empty documents are dropped. Hidden files are skipped, so are bad rows (more than 1%
 of them are an error) and files without text in a folder. However long the texts are, memory holds

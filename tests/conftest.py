@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_xdist_auto_num_workers(config):
     """One test at a time where they need a GPU, else one on each core."""
-    return 1 if "gpu" in config.option.markexpr else None
+    return 1 if config.option.markexpr == "gpu" else None
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,10 @@
     python tests/study.py types --update     # rewrite all tables in results/README.md, and pictures
     python tests/study.py plot out/a out/b   # draw losses and learned matrices of your own runs
 
-A run is a command line of train.py, or of another project (tests/peers.py) if it begins with its
-name. This is also the name of the run: studies share the runs that they have in common. A finished
-run is a line in tests/results/STUDY.jsonl and is never repeated. A run that was stopped leaves no
-line, and goes on from its checkpoint if that is still there.
+A run is a command line of train.py, or of tests/peers.py if it begins with the name of a peer. This
+is also the name of the run: studies share the runs that they have in common. A finished run is a
+line in tests/results/STUDY.jsonl and is never repeated. A run that was stopped leaves no line, and
+goes on from its checkpoint if that is still there.
 
 The study time_to_loss compares two projects: GPT-2 124M as nanoGPT trains it and as ours does, on
 the same tokens, with the same batch and number of updates, each with its better of two learning
@@ -313,7 +313,7 @@ class Job:
         }
 
 
-def shape(settings: dict) -> dict:
+def speed_settings(settings: dict) -> dict:
     """All that decides the speed of a run, except its knocks, which cost little."""
     return {k: v for k, v in settings.items() if k not in LEARNING and not k.startswith("knock")}
 
@@ -406,8 +406,8 @@ class Runner:
         A run that is too long for any session of this length starts all the same. It is stopped
         when time is up, and goes on in the next session.
         """
-        mine = gpu, shape(job.settings)
-        like = [r for r in self.found if (r["gpu"], shape(r["settings"])) == mine]
+        mine = gpu, speed_settings(job.settings)
+        like = [r for r in self.found if (r["gpu"], speed_settings(r["settings"])) == mine]
         if not like:
             return True
         speed = statistics.median(r["tokens_per_s"] for r in like)
