@@ -186,7 +186,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale=None) -> Tensor:
-    """Eq. 4, softmax(scale q k^T) v for each head: q (B, T, H, D), k and v (B, S, H_kv, D) ->
+    """O_i of eq. 4 for each head, softmax(scale q k^T) v: q (B, T, H, D), k, v (B, S, H_kv, D) ->
     (B, T, H, D). H / H_kv query heads share a key/value head. The default scale is 1 / sqrt(D).
     Without a mask (T, S), attention is causal: a token sees itself and what is before it."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T or S, D)
