@@ -16,8 +16,8 @@ import torch
 
 from tests import report, study
 from tests.peers import split_command
-from tests.runs import LIMIT, ROOT, SHAPE, limit_files
-from train import parse_config
+from tests.runs import LIMIT, ROOT, SHAPE, SHORT, limit_files
+from train import main, parse_config
 
 TINY = f"toy {' '.join(SHAPE)} --batch_tokens 256 --prompt a"
 
@@ -560,11 +560,14 @@ def test_without_a_pair_there_are_no_pictures(capsys):
     assert os.listdir("results") == ["types.jsonl"] and capsys.readouterr().out == ""
 
 
-def test_plot_draws_the_losses_and_matrices_of_runs(whole, halves, capsys):
+def test_plot_draws_the_losses_and_matrices_of_runs(whole, halves, data, capsys):
     (run, other) = halves, Path("no checkpoints")
     other.mkdir()
     (other / "log.jsonl").write_bytes((whole / "log.jsonl").read_bytes())
-    study.main(["plot", str(run), str(other)])
+    words = "--knock_v none --steps 1 --out no-knocks --data".split()
+    main([*SHORT, *words, str(data)])
+    capsys.readouterr()
+    study.main(["plot", str(run), str(other), "no-knocks"])
     assert capsys.readouterr().out == f"wrote {run}/loss.png\nwrote {run}/knocks.png\n"
     for name in ("loss.png", "knocks.png"):
         assert (run / name).read_bytes()[:4] == b"\x89PNG"
