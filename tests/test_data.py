@@ -810,7 +810,7 @@ def test_an_unreadable_file(run_here):
     (["a.txt", "--out", "out", "--val_fraction", "0.51"], ["--val_fraction", "at most 0.5"]),
     (["a.txt", "--out", "out", "--val_fraction", "nan"], ["--val_fraction"]),
     (["a.txt", "--out", "out", "--tokenizer", "gtp2"], ["tokenizer gtp2: did you mean gpt2?"]),
-    (["a.txt", "--out", "out", "--tokenizer", "own"], ["choose from byte, gpt2,", "of a tokenizer."]),
+    (["a.txt", "--out", "out", "--tokenizer", "own"], ["choose from byte, gpt2,", "a tokenizer."]),
     (["empty", "--out", "out"], ["no files in empty"]),
     (["one", "--out", "out"], ["2 tokens of text are too few", "add more text"]),
     (["nothing.jsonl", "--out", "out"], ["no text"]),
