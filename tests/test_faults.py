@@ -678,7 +678,12 @@ train.run_script(train.main)
 def half_saved(start, slow_disk, data, tmp_path):
     """A run that has written half of a checkpoint, and its folder."""
     out = tmp_path / "run"
-    process = start(*LONG, "--save_every", 10, "--data", data, "--out", out, script=slow_disk)
+    args = [*LONG, "--save_every", 10, "--data", data, "--out", out]
+
+    def as_in_a_terminal():  # under nohup the tests would start it with SIGHUP ignored
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    process = start(*args, script=slow_disk, preexec_fn=as_in_a_terminal)
     while "half of step 20" not in process.stdout.readline():
         assert process.poll() is None
     return process, out
@@ -686,7 +691,7 @@ def half_saved(start, slow_disk, data, tmp_path):
 
 def test_a_signal_while_a_checkpoint_is_written_saves_one_more(half_saved, tmp_path):
     process, out = half_saved
-    process.terminate()
+    process.send_signal(signal.SIGHUP)
     (tmp_path / "go").touch()
     output = process.communicate(timeout=LIMIT)[0]
     step = load_checkpoint(list_checkpoints(out)[0])[1]["step"]

@@ -212,10 +212,10 @@ def test_a_signal_to_one_process_stops_them_all(dying, data, tmp_path):
 
 
 def test_torchrun_restarts_a_run_where_it_was(run_in, dying, data, tmp_path):
-    args = [*SCALE, "--data", data, "--out", tmp_path / "run", "--resume"]
+    args = [*SCALE, "--data", data, "--out", tmp_path / "run", "--resume", "--prompt", "once"]
     done = run_process(*args, n_process=2, restarts=1, script=dying)
     assert done.returncode == 0, done.stderr
-    assert "going on after step 10" in done.stdout
+    assert "going on after step 10" in done.stdout and done.stdout.count("once") == 1
     assert_same_run(run_in("ddp2"), tmp_path / "run")
 
 

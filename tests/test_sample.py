@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -162,15 +164,21 @@ def test_characters_of_several_bytes_are_written_whole(model, capsys):
     assert prompts[-1] == [list(b"<|endoftext|>")]  # in a prompt it is text, as in a document
 
 
-def test_the_script_writes_samples(model, tmp_path, run_here):
-    save(model, tmp_path)
-    words = ["--checkpoint", tmp_path, "--max_new_tokens", 10]
-    one = run_here(main, *words, "--prompt", "def").stdout
-    assert one.startswith("def") and len(one) > 10
-    assert run_here(main, *words, "--prompt", "-", stdin=b"def").stdout == one
-    several = run_here(main, *words, "--n_samples", 3).stdout.split("\n")
-    rulers = ["--- 1 of 3 ---", "--- 2 of 3 ---", "--- 3 of 3 ---"]
-    assert [line for line in several if line.startswith("--- ")] == rulers
+def test_the_script_writes_samples(model, run_here):
+    os.makedirs("out/toy")  # the default
+    save(model, "out/toy")
+
+    def write(*words, **how):
+        done = run_here(main, "--max_new_tokens", 10, *words, **how)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    one = write("--prompt", "def")
+    assert one.startswith("def") and 10 < len(one) <= len("def") + 10 + 1
+    assert write("--prompt", "-", stdin=b"def") == one
+    several = write("--prompt", "def", "--n_samples", 3)
+    rulers = re.findall(r"^--- (.*) ---\ndef", several, re.MULTILINE)
+    assert rulers == ["1 of 3", "2 of 3", "3 of 3"]
 
 
 @pytest.mark.parametrize(

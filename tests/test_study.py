@@ -16,8 +16,8 @@ import torch
 
 from tests import report, study
 from tests.peers import split_command
-from tests.runs import LIMIT, ROOT, SHAPE, limit_files
-from train import parse_config
+from tests.runs import LIMIT, ROOT, SHAPE, SHORT, limit_files
+from train import main, parse_config
 
 TINY = f"toy {' '.join(SHAPE)} --batch_tokens 256 --prompt a"
 
@@ -92,8 +92,8 @@ def records():
 def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
     monkeypatch.setattr(study, "EVAL_BYTES", 4 * 256)  # an evaluation every 4 updates
     fails, diverges = grid(more="--micro_batch 3")[0], grid(more="--lr 1e18")[0]
-    runs = [*grid(), fails, diverges]
-    monkeypatch.setattr(study, "FIGURE_3", [runs[1]])
+    runs = [fails, diverges, *grid()]
+    monkeypatch.setattr(study, "FIGURE_3", runs[-1:])
     code, results = work(monkeypatch, data, runs)
     assert code == 1
     assert [r["run"] for r in results] == [run.command for run in runs if run != fails]
@@ -102,7 +102,7 @@ def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
     assert fails.command in line and "batch_tokens must be a multiple of" in line
     assert "3 of 4 runs are done, 1 failed" in output
 
-    first = results[0]
+    diverged, first, last = results
     assert first["seed"] == 1 and first["tokens"] == 20 * 256 and first["gpu"] == "CPU"
     assert first["torch"] == torch.__version__ and len(first["source_sha256"]) == 64
     assert first["data"] == json.loads((data / "meta.json").read_text())["train"]["sha256"]
@@ -112,10 +112,9 @@ def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
     assert len(first["curve"]) == 20 and first["curve"][0] == first["first_loss"]
     assert first["first_loss"] > 5 > first["val_loss"]
     assert first["knocks"] == {} and first["skipped"] == 0
-    ((name, ((diagonal, rest),)),) = [(n, f) for n, f in results[1]["knocks"].items() if "up" in n]
+    ((name, ((diagonal, rest),)),) = [(n, f) for n, f in last["knocks"].items() if "up" in n]
     assert not name.startswith("blocks") and 0.9 < diagonal < 1.1 and rest > 0
 
-    diverged = results[2]
     assert diverged["val_loss"] is None and diverged["skipped"] == 10
     assert diverged["tokens"] < 20 * 256 and len(diverged["curve"]) == diverged["tokens"] // 256
     with np.load("results/figure3-mlp-on-v.npz") as matrices:
@@ -561,11 +560,14 @@ def test_without_a_pair_there_are_no_pictures(capsys):
     assert os.listdir("results") == ["types.jsonl"] and capsys.readouterr().out == ""
 
 
-def test_plot_draws_the_losses_and_matrices_of_runs(whole, halves, capsys):
+def test_plot_draws_the_losses_and_matrices_of_runs(whole, halves, data, capsys):
     (run, other) = halves, Path("no checkpoints")
     other.mkdir()
     (other / "log.jsonl").write_bytes((whole / "log.jsonl").read_bytes())
-    study.main(["plot", str(run), str(other)])
+    words = "--knock_v none --steps 1 --out no-knocks --data".split()
+    main([*SHORT, *words, str(data)])
+    capsys.readouterr()
+    study.main(["plot", str(run), str(other), "no-knocks"])
     assert capsys.readouterr().out == f"wrote {run}/loss.png\nwrote {run}/knocks.png\n"
     for name in ("loss.png", "knocks.png"):
         assert (run / name).read_bytes()[:4] == b"\x89PNG"
