@@ -14,7 +14,8 @@ Decoding rows are greedy steps of one token after a prompt, on models of random 
 is the time in which the GPU can read what a step needs from its memory: the weights (only of
 experts that some token uses) and the cache of the past.
 
-Peers that are not installed are left out: nanoGPT (a clone at $NANOGPT) and transformers.
+Peers that are not installed are left out: nanoGPT (a clone at $NANOGPT, or beside this
+project) and transformers.
 """
 
 import argparse
@@ -256,7 +257,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("bench.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="of a group or a row")
-    parser.add_argument("--data", default=training.DEFAULT_DATA, help="made by data/prepare.py")
+    parser.add_argument("--data", default=training.DEFAULT_DATA,
+                        help=f"made by data/prepare.py (default: {training.DEFAULT_DATA})")
     parser.add_argument("--here", metavar="ROW", help="measure one row, in JSON, in this process")
     args = parse_args(parser, argv)
     if args.here:

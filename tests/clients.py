@@ -9,6 +9,7 @@ are kept in FOLDER (default: clients). It needs node and Linux on x86-64. GPT-2'
 from npm as well, byte for byte OpenAI's.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -27,6 +28,7 @@ sys.path[0] = str(ROOT)
 import torch  # noqa: E402
 
 from data.checkpoint import load_checkpoint  # noqa: E402
+from data.script import parse_args, run_script  # noqa: E402
 from data.tokens import TOKENIZERS, load_tokenizer, open_tokens  # noqa: E402
 from sample import generate  # noqa: E402
 
@@ -101,6 +103,7 @@ def run(*words, **how) -> str:
 
 
 def report(client: str, model: str, same: bool, what: str) -> None:
+    """Print what a client did with a model. Ends the script if it differs from ours."""
     print(f"{client:18} {model:24} {'same' if same else 'DIFFERENT':10} {what}", flush=True)
     if not same:
         raise SystemExit(f"{client} does not compute what we compute")
@@ -179,6 +182,7 @@ def greedy_text(out: Path, prompt: str) -> str:
 
 
 def try_pipeline(python: Path, name: str, out: Path, exported: Path) -> None:
+    """The pipeline of transformers writes the likeliest tokens after some prompts, as ours does."""
     words = [exported, json.dumps(PROMPTS), N_NEW]
     written = [json.loads(line) for line in run(python, "-c", PIPELINE, *words).splitlines()]
     ours = [prompt + greedy_text(out, prompt) for prompt in PROMPTS]
@@ -186,6 +190,7 @@ def try_pipeline(python: Path, name: str, out: Path, exported: Path) -> None:
 
 
 def try_serve(python: Path, name: str, out: Path, exported: Path) -> None:
+    """So does the server of transformers, over HTTP."""
     port = 8123
     words = [python.with_name("transformers"), "serve", exported, "--device", "cpu", "--port",
              port, "--trust-remote-code"]  # fmt: skip
@@ -247,6 +252,7 @@ def try_lm_eval(python: Path, name: str, out: Path, exported: Path, data: Path) 
 def try_llama_cpp(
     python: Path, llama: Path, name: str, out: Path, exported: Path, folder: Path
 ) -> None:
+    """The folder becomes a GGUF file, with which llama.cpp writes the tokens that ours writes."""
     gguf = out / "model.gguf"
     words = [exported, "--outtype", "f32", "--outfile", gguf]
     converter = llama / "convert_hf_to_gguf.py"
@@ -263,7 +269,13 @@ def try_llama_cpp(
     report("llama.cpp", name, written == ours, repr(text))
 
 
-def main(folder: Path) -> None:
+def main(argv: list[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser("clients.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default="clients", metavar="FOLDER",
+                        help="what is downloaded and made (default: clients)")
+    folder = Path(parse_args(parser, argv).folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     python, llama = install(folder)
     keep_gpt2(folder)
@@ -276,4 +288,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "clients").resolve())
+    run_script(main)

@@ -1,8 +1,9 @@
 """Other projects and other rules, as train.py runs ours: python tests/peers.py PEER [options]
 
 A peer takes the options of train.py and leaves a log.jsonl like ours in --out: loss, tokens_per_s
-and on CUDA memory_gib of each update. Each is one process, so a signal ends it at once; with
---resume a run that was stopped starts again from nothing.
+and on CUDA memory_gib of each update. nanoGPT and transformers save no checkpoint: a signal ends
+them at once, and with --resume they start again from nothing. All other peers are our own train.py,
+so they save and resume as it does.
 
 nanoGPT: its own train.py runs, unchanged, from a clone at $NANOGPT (by default beside this
 project). It has what train.py has with these options: tokens, batch, number of updates, learning

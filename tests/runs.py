@@ -50,6 +50,7 @@ def command(*args, n_process=0, restarts=0, script="train.py"):
 
 
 def environment():
+    """The variables of a process that finds the checkout's modules from every folder."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 

@@ -8,8 +8,8 @@
 
 A run is a command line of train.py, or of tests/peers.py if it begins with the name of a peer. This
 is also the name of the run: studies share the runs that they have in common. A finished run is a
-line in tests/results/STUDY.jsonl and is never repeated. A run that was stopped leaves no line, and
-goes on from its checkpoint if that is still there.
+line in tests/results/STUDY.jsonl, of the study that did it, and no study repeats it. A run that was
+stopped leaves no line, and goes on from its checkpoint if that is still there.
 
 The study time_to_loss compares two projects: GPT-2 124M as nanoGPT trains it and as ours does, on
 the same tokens, with the same batch and number of updates, each with its better of two learning
@@ -561,7 +561,8 @@ def main(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("study", choices=[*STUDIES, "plot"])
-    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="of runs, for plot alone")
+    parser.add_argument("folders", nargs="*", default=[], metavar="FOLDER",
+                        help="of runs, for plot alone")
     instead = parser.add_mutually_exclusive_group()  # of doing the missing runs
     instead.add_argument("--table", action="store_true", help="print the table of the study")
     instead.add_argument("--update", action="store_true", help="rewrite all tables and pictures")
