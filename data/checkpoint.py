@@ -31,7 +31,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as sharded
 
 from data.processes import whole
-from data.script import naming, sync
+from data.script import sync, sync_names
 from kha import Config, Transformer
 
 FORMAT = 2  # 1 had the knocks beside the projections, as knock_v, and no "format"
@@ -137,7 +137,7 @@ class Saver:
         self.memory = {"model": model, "optimizer": {"state": state}}
 
     def write(self, checkpoint: dict) -> None:
-        """`save_checkpoint`, as best.pt too if no held-out loss is lower."""
+        """`save_checkpoint`, as best.pt too if its held-out loss is lower than that of best.pt."""
         loss = checkpoint["val_loss"]
         if loss is not None and self.best is None:
             self.best = best_loss(self.folder, checkpoint["train"]["eval_tokens"], self.held_out)
@@ -201,21 +201,6 @@ def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
     last_two = [path for path in saved if os.path.basename(path) <= name][:2]
     for path in set(saved) - set(last_two):
         os.remove(path)
-
-
-def sync_names(folder: str) -> None:
-    """Bring the names of the files in a folder to the disk, where the system can do that."""
-    if os.name != "posix":
-        return
-    entries = os.open(folder, os.O_RDONLY)
-    try:
-        with naming(folder):
-            os.fsync(entries)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # so some network disks answer for every folder
-            raise
-    finally:
-        os.close(entries)
 
 
 def remove(*paths: str) -> None:
@@ -292,7 +277,7 @@ def read_newest(paths: list[str]) -> dict:
 def read_checkpoint(path: str) -> dict:
     """What save_checkpoint wrote: tensors, on the CPU, and plain data. Code in it is never run.
 
-    Raises ValueError if the file is damaged, even by one bit, or not a checkpoint; OSError if it
+    Raises ValueError if its content is damaged, even by one bit, or not a checkpoint; OSError if it
     cannot be read.
     """
     try:

@@ -17,7 +17,7 @@ def pick_device(name: str) -> str:
     available["cpu"] = True
     if name == "auto":
         return next(device for device, found in available.items() if found)
-    if not available.get(name, False):
+    if not available.get(name):
         choices = ", ".join(device for device, found in available.items() if found)
         hint = " (CUDA_VISIBLE_DEVICES says which GPU)" if available["cuda"] else ""
         raise ValueError(f"device {name!r} is not available here: choose from {choices}{hint}")

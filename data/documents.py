@@ -68,9 +68,9 @@ def find_sources(inputs: list[str], field: str, downloads: Path) -> list[Source]
 
 
 def find_files(root: str, excluded: Iterable[str] = ()) -> Iterator[Path]:
-    """The files under the folder `root` in a fixed order, except in hidden folders and `excluded`.
+    """The files under the folder `root` in a fixed order, except what is hidden or in `excluded`.
 
-    Links are followed. Each folder is walked once, or a link to a folder above it would never end.
+    Links are followed. Each folder is read once, or a link to a folder above it would repeat all.
     """
 
     def fail(error: OSError) -> NoReturn:
@@ -181,8 +181,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str] | csv.Error]]:
     """The rows after the first, which names the fields, each with the number of its last line. In
-    place of a row with more fields than names, an error. Raises csv.Error for a wrong quote: what
-    follows it may be cut anywhere."""
+    place of a row with text after the named fields, an error. Raises csv.Error for a wrong quote:
+    what follows it may be cut anywhere."""
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than many a text
     # surrogateescape: bytes that are not UTF-8 make their own row a bad one, and no other
     with io.TextIOWrapper(open_file(path), "utf-8-sig", "surrogateescape", newline="") as file:
@@ -202,7 +202,8 @@ def read_parquet(path: Path, field: str) -> Iterator[tuple[int, dict]]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        # By default pyarrow holds the whole file.
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=PIECE, pre_buffer=False)
         fields = [field] if field in file.schema_arrow.names else None
         batches = file.iter_batches(batch_size=100, columns=fields)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
@@ -269,7 +270,8 @@ def read_text(source: Source, left_out: LeftOut) -> Iterator[Document]:
             digest = content_hash(check_text(read_pieces(file)))
     except ValueError as error:
         if not source.found:
-            raise ValueError(f"{source.name} is not UTF-8 text: convert or omit it") from error
+            raise ValueError(
+                f"{source.name} is not UTF-8 text ({error}): convert or omit it") from error
         left_out.skipped_files += 1
         return
     yield Document(source.name, digest, read_again(source))

@@ -10,7 +10,7 @@ from data.processes import whole
 from kha import Config, Heads, Knock, Transformer
 
 # Peak dense bfloat16 FLOP/s by the vendor's datasheet, the denominator of MFU.
-PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "NVIDIA A100": 312e12}
+PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200 NVL": 835e12, "H200": 989e12, "NVIDIA A100": 312e12}
 
 
 def of_gpu(table: dict[str, float], gpu: str) -> float | None:

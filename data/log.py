@@ -10,12 +10,11 @@ log.jsonl has one JSON object a line, written as things happen:
   over the whole run so far spikes and skipped (see `Log`);
 - each evaluation: step, val_loss (nats a token), val_bpb (bits a byte), knocks (how far each knock
   has come, see figures.knock_movement).
-A number that is not finite is a string, such as "nan".
+A number that is not finite is a string, such as "NaN".
 """
 
 import errno
 import json
-import math
 import os
 import statistics
 import sys
@@ -209,9 +208,7 @@ class Log:
         """Append a line. Raises OSError if it cannot be written."""
         if not self.file:
             return
-        for key, value in record.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                record[key] = str(value)
+        record = json.loads(json.dumps(record), parse_constant=str)  # NaN is no JSON
         line = f"{json.dumps(record)}\n".encode()
         try:
             if self.file.write(line) < len(line):

@@ -10,7 +10,8 @@
 An INPUT is a file, a folder with all that is in it, the URL of a file, or hf:NAME[:CONFIG], the
 train split of a Hugging Face data set. Files that end in .jsonl, .ndjson, .json (one JSON object a
 line), .csv or .parquet hold rows, and each row is a document. Any other file is plain text and one
-document. Files may be packed as .gz or .zst. (hf:, .parquet, .zst: pip install '.[datasets]'.)
+document. All but .parquet may be packed as .gz or .zst. (hf:, .parquet, .zst: pip install
+'.[datasets]'.)
 
 The output folder holds train.bin and val.bin (flat token ids, each document ended by the
 end-of-text token), meta.json and verified.json. About val_fraction of the tokens are held out for
@@ -18,8 +19,8 @@ validation, but at least 1025 (of a text with fewer than 2050 tokens a quarter),
 documents if possible: see data/split.py.
 
 Duplicate and empty documents are dropped. Hidden files are skipped, so are bad rows (more than 1%
-of them are an error) and files without text in a folder. However long the texts are, memory holds
-about 40 bytes for each document and 1 kB for each file.
+of them are an error) and files without text in a folder. Rows are in memory one at a time. However
+long other texts are, it holds about 40 bytes for each document and 1 kB for each file.
 """
 
 import argparse

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import importlib
 import inspect
 import os
@@ -130,6 +131,21 @@ def sync(path: str | os.PathLike) -> None:
         os.fsync(file.fileno())
 
 
+def sync_names(folder: str) -> None:
+    """Bring the names of the files in a folder to the disk, where the system can do that."""
+    if os.name != "posix":
+        return
+    entries = os.open(folder, os.O_RDONLY)
+    try:
+        with naming(folder):
+            os.fsync(entries)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # so some network disks answer for every folder
+            raise
+    finally:
+        os.close(entries)
+
+
 @contextmanager
 def handling(receive: Callable, *names: str) -> Iterator[None]:
     """A context in which `receive(number, frame)` gets the signals of these names, such as SIGHUP.
@@ -167,6 +183,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         yield folder
         for file in folder.iterdir():
             sync(file)  # the folder must not appear before its content is on the disk
+        sync_names(folder)
         try:
             os.rename(folder, target)
         except OSError as error:
@@ -175,6 +192,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
             raise FileExistsError(
                 f"{path} has appeared meanwhile, and is something else: choose another folder"
             ) from error
+        sync_names(target.parent)
 
 
 class Signals(ExitStack):

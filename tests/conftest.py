@@ -72,24 +72,29 @@ def halves(whole, tmp_path):
 
 @pytest.fixture
 def strict_disk(monkeypatch):
-    """A disk on which a file, or a folder, gets its last name only after its content is there."""
-    fsync, synced = os.fsync, set()
+    """A disk on which a file, or a folder, gets its last name only after its content is there, and
+    on which this name comes to the disk, too."""
+    fsync, synced, named = os.fsync, set(), set()
 
     def remember(number):
         fsync(number)
         synced.add(os.fstat(number).st_ino)
+        named.discard(os.fstat(number).st_ino)
 
     def check(rename):
         def strict(source, target):
-            files = Path(source).iterdir() if os.path.isdir(source) else [source]
+            files = [source, *Path(source).iterdir()] if os.path.isdir(source) else [source]
             assert {os.stat(file).st_ino for file in files} <= synced
             rename(source, target)
+            named.add(os.stat(Path(target).parent).st_ino)
 
         return strict
 
     monkeypatch.setattr(os, "fsync", remember)
     monkeypatch.setattr(os, "rename", check(os.rename))
     monkeypatch.setattr(os, "replace", check(os.replace))
+    yield
+    assert not named
 
 
 @pytest.fixture

@@ -469,7 +469,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_logged(gradient, poison, da
     for line in updates:  # the data of an update is a function of its step
         skipped = line["step"] in (3, 14, 15, 30)
         assert line["skipped"] == before + skipped
-        assert (line["grad_norm" if gradient else "loss"] == "nan") == skipped
+        assert (line["grad_norm" if gradient else "loss"] == "NaN") == skipped
         before = line["skipped"]
     assert all(x.isfinite().all() for x in weights_of(tmp_path).values())
     assert "step-00000030.pt" in names(tmp_path)  # the end is saved all the same
