@@ -15,7 +15,7 @@ Letters in the comments on shapes:
     C     features of a token, n_embd     V  token ids, vocab_size
     H     query heads                     N  tokens of all sequences, B * T
     H_kv  key and value heads             E  experts, K of them for a token (top_k)
-    D     features of a head, head_dim    F  width of an expert, d_ff
+    D     features of a head, head_dim    F  width of a SwiGLU, d_ff
 """
 
 import fnmatch
@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 try:
     import triton
     import triton.language as tl
-except ImportError:  # only torch for CUDA brings it along
+except ImportError:  # torch for a CPU does not bring it along
     triton = None
 
 if __package__:  # installed with pip: this file is the package kha, and moe.py a module in it
@@ -119,7 +119,7 @@ class Knock(nn.Module):
 
 
 class Heads(nn.Module):
-    """W^Q, W^K or W^V (eq. 1-3) and its knock: x (B, T, C) -> all heads (B, T, H, D), knocked."""
+    """W^Q, W^K or W^V (eq. 1-3) and its knock: x (B, T, n_in) -> heads (B, T, H, D), knocked."""
 
     def __init__(self, n_in: int, n_head: int, head_dim: int, knock: str = "none"):
         super().__init__()
@@ -187,8 +187,8 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale=None) -> Tensor:
     """O_i of eq. 4 for each head, softmax(scale q k^T) v: q (B, T, H, D), k, v (B, S, H_kv, D) ->
-    (B, T, H, D). H / H_kv query heads share a key/value head. The default scale is 1 / sqrt(D).
-    Without a mask (T, S), attention is causal: a token sees itself and what is before it."""
+    (B, T, H, D). H / H_kv query heads share a key/value head. scale: 1 / sqrt(width of q) if None.
+    Causal without a mask (T, S): a token sees itself and what is before it. MLA's v is narrower."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T or S, D)
     if mask is not None:
         return attend_with_mask(q, k, v, mask, scale).transpose(1, 2)  # (B, T, H, D)
@@ -245,7 +245,7 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def init_weights(module: nn.Module, config: Config, aside: torch.Generator | None = None) -> None:
-    """Give every weight its start, in place, for a model or one of its parts.
+    """Give every weight its start, in place, for a model or a whole child of it.
 
     Knocks at the identity (section 3.3) draw no random numbers. So with the same seed they change
     no other weight, and no output of step 0. Random ones change no other weight only with `aside`.
@@ -260,7 +260,7 @@ def init_weights(module: nn.Module, config: Config, aside: torch.Generator | Non
             p.fill_(1)
         elif name.endswith(("wo.weight", "w_down", "experts_down")):
             p.normal_(std=out_std)
-        else:  # embedding, output (head), W^Q, W^K, W^V, w_up, experts_up, router
+        else:  # all other matrices, such as the embedding, W^Q and the router
             p.normal_(std=0.02)
     for buffer in module.buffers():  # the balancing bias and the load of a mixture of experts
         buffer.zero_()
@@ -395,7 +395,7 @@ class MLA(nn.Module):
             latent, k_rope = layer_cache.update(common, latent, k_rope)  # (B, S, ...)
         wk = self.wk.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))  # (G, H/G, D, R)
         wv = self.wv.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))  # as wk
-        if common.mask is None:  # no past: make keys and values, which are smaller than latents
+        if common.mask is None:  # no past: make keys and values, smaller than latents if R > D
             k = torch.einsum("btgr,ghdr->btghd", latent, wk).flatten(2, 3)  # (B, T, H, D)
             v = torch.einsum("btgr,ghdr->btghd", latent, wv).flatten(2, 3)
             k = torch.cat((k, k_rope.expand_as(q_rope)), dim=-1)  # (B, T, H, D + D/2)
@@ -571,7 +571,7 @@ def check_config(c: Config) -> None:
         (c.head_dim % 2 or c.rope_dim % 2, "head_dim must be even; in gta and mla a multiple of 4"),
         (knocks == {"none"} and c.knock_init == "random", "without knocks set knock_init identity"),
         (c.attention == "gta" and c.knock_k != "none", "gta knocks by knock_v: leave knock_k none"),
-        (mla and knocks - {"none", "linear"}, "mla takes linear knocks only: set knock_v linear"),
+        (mla and knocks - {"none", "linear"}, "mla takes linear knocks only: set linear, or none"),
         (mla and (c.kv_rank == 0 or c.kv_rank % c.n_kv_head),
          f"mla needs a kv_rank that is a multiple of n_kv_head, not {c.kv_rank}"),
         (not mla and (c.kv_rank or c.q_rank), "kv_rank and q_rank belong to mla: leave them 0"),
@@ -611,11 +611,11 @@ CONFIGS = {  # toy is for two CPU cores, small for studies on one GPU, both for 
 @torch.compiler.assume_constant_result
 def is_hopper() -> bool:
     """Whether the GPU is Hopper or Blackwell for servers: the tiles below need their memory."""
-    return torch.cuda.get_device_capability()[0] in (9, 10)
+    return torch.version.hip is None and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether `fused_mlp` takes heads x (..., D): bfloat16, is_hopper(), D of 16 to 128."""
+    """Whether `fused_mlp` takes heads x (..., D): bfloat16, is_hopper(), D 16, 32, 64 or 128."""
     fits = x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] in (16, 32, 64, 128)
     return fits and triton is not None and is_hopper()
 

@@ -119,7 +119,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     configs = {name: CONFIGS[name] | RECIPES[name] for name in CONFIGS}
     options = add_fields("train.py", __doc__, configs, "toy", (Config, TrainConfig))
     options.add_argument("--resume", action="store_true", default=False,
-                         help="go on from the newest checkpoint in --out, if there is one")
+                         help="go on from the newest checkpoint in --out, if any, with its config")
     given = vars(parse_args(options, argv))
     name, resume = given.pop("config"), given.pop("resume")
     shape = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}
@@ -283,7 +283,7 @@ def build_model(
     dtype = torch.bfloat16 if on_gpu else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     # The routers compute in float32. TF32 is faster, and rounds its inputs to 11 bits. That changes
-    # the routers' weights only, because activations are bfloat16, which has 8 bits.
+    # their weights and gradients only, because activations are bfloat16, which has 8 bits.
     torch.set_float32_matmul_precision("high")
     # broadcast_buffers is the old name: older versions of torch do not have the new one.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")
@@ -358,7 +358,7 @@ def check_run(config: Config, train: TrainConfig, checkpoint: dict | None, devic
 
 
 def main(argv: list[str]) -> None:
-    """The command line. Raises ValueError or OSError for bad input, before anything is written."""
+    """The command line. Raises ValueError or OSError for bad input, before --out is written."""
     config, train, checkpoint = parse_config(argv)
     device = pick_device(train.device)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
