@@ -248,7 +248,7 @@ def init_weights(module: nn.Module, config: Config, aside: torch.Generator | Non
     """Give every weight its start, in place, for a model or a whole child of it.
 
     Knocks at the identity (section 3.3) draw no random numbers. So with the same seed they change
-    no other weight, and no output of step 0. Random ones change no other weight only with `aside`.
+    no other weight, and no output of step 0. With `aside`, random ones change no other weight.
     """
     out_std = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: activations do not grow with depth
     for name, p in module.named_parameters():
