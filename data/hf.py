@@ -242,8 +242,8 @@ def import_hf(folder: str, **changes) -> tuple[Config, dict[str, torch.Tensor]]:
         if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
             raise ValueError(f"cannot import {folder}: not all numbers in {bad[0]} are finite")
         with torch.device("meta"):
-            model = Transformer(config)
-        model.load_state_dict(weights, strict=False, assign=True)  # raises for a wrong shape
+            model = Transformer(own)
+        model.load_state_dict(weights, assign=True)  # raises for a wrong shape
     except (
         json.JSONDecodeError, UnicodeError, safetensors.SafetensorError, RuntimeError, KeyError,
         TypeError, AttributeError,

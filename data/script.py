@@ -131,7 +131,7 @@ def sync(path: str | os.PathLike) -> None:
         os.fsync(file.fileno())
 
 
-def sync_names(folder: str) -> None:
+def sync_names(folder: str | os.PathLike) -> None:
     """Bring the names of the files in a folder to the disk, where the system can do that."""
     if os.name != "posix":
         return
