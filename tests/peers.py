@@ -19,14 +19,14 @@ so it is a loop in this file, on random tokens that are on the GPU already. Weig
 moments are bfloat16; those of transformers-float32 are float32, and its products bfloat16 as ours
 are.
 
-no-decay, to-start, slow: our own train.py with another rule for the knocks. In train.py they decay
-to zero as all matrices do. With no-decay they do not decay. With to-start they decay to where they
-started: T, W^up and W^down to the identity, W^gate to zero. With slow their learning rate is a
-tenth, and so is their decay.
+decay, to-start, slow: our own train.py with another rule for the knocks. In train.py they do not
+decay. With decay they decay to zero, as all other matrices do. With to-start they decay to where
+they started: T, W^up and W^down to the identity, W^gate to zero. With slow they decay to zero, but
+their learning rate is a tenth, and so is their decay.
 
-unshared: our own train.py with a knock of its own for each head. So the heads do not interact, and
-this is no longer KHA: it is the control that shows what the sharing does. The seed gives the same
-start and batches as in train.py.
+unshared: our own train.py with a knock of its own for each head, which decays to zero. So the heads
+do not interact, and this is no longer KHA: it is the control that shows what the sharing does. The
+seed gives the same start and batches as in train.py.
 """
 
 import importlib.util
@@ -64,7 +64,7 @@ from train import TrainConfig, check_run, make_optimizer, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CLONE = Path(os.environ.get("NANOGPT", ROOT.parent / "nanoGPT")).resolve()
-RULES = ("no-decay", "to-start", "slow")
+RULES = ("decay", "to-start", "slow")
 RULED = (*RULES, "unshared")  # our own train.py, with RuledConfig
 PEERS = ("nanoGPT", "transformers", "transformers-float32", *RULED)
 
@@ -266,10 +266,10 @@ def make_optimizer_with(
     optimizer = make_optimizer(model, train)
     knocks = [p for knock in knocks_of(model).values() for p in knock.parameters()]
     ids = set(map(id, knocks))
-    matrices = optimizer.param_groups[0]
-    matrices["params"] = [p for p in matrices["params"] if id(p) not in ids]
-    decay = train.weight_decay if rule == "slow" else 0.0
-    lr = matrices["lr"]  # a tensor, in which train.py writes the rate of each update
+    kept = optimizer.param_groups[1]  # what does not decay
+    kept["params"] = [p for p in kept["params"] if id(p) not in ids]
+    decay = 0.0 if rule == "to-start" else train.weight_decay
+    lr = kept["lr"]  # a tensor, in which train.py writes the rate of each update
     optimizer.add_param_group({"params": knocks, "weight_decay": decay, "lr": lr.clone()})
     start = [p.detach().clone() for p in knocks]
 
@@ -321,8 +321,8 @@ def main(argv: list[str]) -> None:
         ours.TrainConfig, RuledConfig.peer = RuledConfig, peer
         if peer == "unshared":
             kha.Heads = UnsharedHeads
-        else:
-            ours.make_optimizer = partial(make_optimizer_with, peer)
+        rule = "decay" if peer == "unshared" else peer
+        ours.make_optimizer = partial(make_optimizer_with, rule)
         return ours.main([*options, "--rule", peer])
     config, train, _ = parse_config(options)
     device = pick_device(train.device)

@@ -82,14 +82,19 @@ LEARNING = (  # settings of the training that decide what a run learns
 
 # ---- the studies
 
-KINDS = {
-    "none": "--knock_v none",
-    "linear on v": "--knock_v linear",
-    "mlp on v": "--knock_v mlp",
-    "gate on v": "--knock_v gate",
-    "linear on q, k, v": "--knock_q linear --knock_k linear --knock_v linear",
-    "mlp on q, k, v": "--knock_q mlp --knock_k mlp --knock_v mlp",
-    "mlp on v, random start": "--knock_v mlp --knock_init random",
+KINDS = {  # the peer that runs it, "" for train.py, and its options
+    "none": ("", "--knock_v none"),
+    "linear on v": ("decay", "--knock_v linear"),
+    "mlp on v": ("decay", "--knock_v mlp"),
+    "gate on v": ("decay", "--knock_v gate"),
+    "linear on q, k, v": ("decay", "--knock_q linear --knock_k linear --knock_v linear"),
+    "mlp on q, k, v": ("decay", "--knock_q mlp --knock_k mlp --knock_v mlp"),
+    "mlp on v, random start": ("decay", "--knock_v mlp --knock_init random"),
+    "mlp on v, one for each head": ("unshared", "--knock_v mlp"),
+    "linear on v, no decay": ("", "--knock_v linear"),
+    "mlp on v, no decay": ("", "--knock_v mlp"),
+    "mlp on v, decay to the start": ("to-start", "--knock_v mlp"),
+    "mlp on v, slow": ("slow", "--knock_v mlp"),
 }
 LR = 1e-3  # the best rate without knocks in the study `stability`
 
@@ -104,21 +109,20 @@ def grid(groups: dict[str, str], kinds: list[str], seeds: Iterable[int]) -> list
 
     Of every second seed the kinds come in reverse, so that no kind always has the same GPU.
     """
-    return [
-        Run(group, kind, seed, f"{options} {KINDS[kind]} --seed {seed}")
-        for seed in seeds
-        for group, options in groups.items()
-        for kind in (kinds if seed % 2 else kinds[::-1])
-    ]
-
-
-def as_peer(run: Run, peer: str, kind: str) -> Run:
-    """The same run by a peer of tests/peers.py, as a kind of its own."""
-    return run._replace(kind=kind, command=f"{peer} {run.command}")
+    runs = []
+    for seed in seeds:
+        for group, options in groups.items():
+            for kind in kinds if seed % 2 else kinds[::-1]:
+                peer, knocks = KINDS[kind]
+                command = f"{peer} {options} {knocks} --seed {seed}".strip()
+                runs.append(Run(group, kind, seed, command))
+    return runs
 
 
 PAIR = ["none", "mlp on v"]
-THREE = ["none", "linear on v", "mlp on v"]
+OTHERS = ["linear on v", "gate on v", "linear on q, k, v", "mlp on q, k, v",
+          "mlp on v, random start", "mlp on v, no decay"]  # fmt: skip
+RULES = ["mlp on v, no decay", "mlp on v, decay to the start", "mlp on v, slow"]
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
 THIRD = "--n_layer 6 --n_embd 384 --n_head 9 --n_kv_head 3"
 THRICE = "--n_layer 14 --n_embd 768 --n_head 18 --n_kv_head 6"
@@ -152,20 +156,19 @@ GPT2 = {
     f"{lr:g}": f"gpt2 --batch_tokens 32768 --steps 2500 --eval_every 250 --lr {lr:g}"
     for lr in (6e-4, 1.2e-3)
 }
-RULES = {  # of tests/peers.py, by kind
-    "mlp on v, no decay": "no-decay",
-    "mlp on v, decay to the start": "to-start",
-    "mlp on v, slow": "slow",
-}
 STUDIES = {
     "stability": Study(
         "learning rate",
-        grid({f"{lr:g}": small(steps=1830, lr=lr) for lr in RATES}, THREE, range(1, 3)),
+        grid(
+            {f"{lr:g}": small(steps=1830, lr=lr) for lr in RATES},
+            ["none", "linear on v", "mlp on v"],
+            range(1, 3),
+        ),
     ),
     "types": Study(
         "",
         grid({"": small()}, PAIR, range(1, 5))
-        + grid({"": small()}, [kind for kind in KINDS if kind not in PAIR], range(1, 5))
+        + grid({"": small()}, OTHERS, range(1, 5))
         + grid({"": small()}, PAIR, range(5, 9)),
     ),
     "toy": Study("", grid({"": "toy"}, PAIR, range(1, 6))),
@@ -179,25 +182,21 @@ STUDIES = {
     "kv_heads": Study(
         "key/value heads of 12",
         grid(KV_HEADS, PAIR, range(1, 4))
-        + [
-            as_peer(run, "unshared", "mlp on v, one for each head")
-            for run in grid(KV_HEADS, ["mlp on v"], range(1, 4))
-            if run.group in ("12", "4")  # one head cannot share
-        ],
+        + grid(
+            {n: KV_HEADS[n] for n in ("4", "12")}, ["mlp on v, one for each head"], range(1, 4)
+        ),
     ),
-    "sizes": Study("parameters", grid(SIZES, THREE, range(1, 4))),
+    "sizes": Study(
+        "parameters",
+        grid(SIZES, ["none", "linear on v, no decay", "mlp on v, no decay"], range(1, 4)),
+    ),
     "variants": Study(
         "attention",
         grid(VARIANTS, PAIR, range(1, 3)) + grid(MLA, ["none", "linear on v"], range(1, 3)),
     ),
     "decay": Study(
         "",
-        grid({"": small()}, PAIR, range(1, 5))
-        + [
-            as_peer(run, rule, kind)
-            for run in grid({"": small()}, ["mlp on v"], range(1, 5))
-            for kind, rule in RULES.items()
-        ],
+        grid({"": small()}, PAIR, range(1, 5)) + grid({"": small()}, RULES, range(1, 5)),
         baseline="mlp on v",
     ),
     "heads": Study("query heads", grid(HEADS, PAIR, range(1, 4))),

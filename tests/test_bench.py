@@ -120,7 +120,7 @@ def test_other_rules_move_the_knocks_as_they_say(rule):
             n = 1 if step == 1 else 2
             lr = lr / 10 if rule == "slow" else lr
             goal = start if rule == "to-start" else 0
-            p = p - lr * (0 if rule == "no-decay" else 0.5) * (p - goal)
+            p = p - lr * 0.5 * (p - goal)
             first = 0.9 * first + 0.1 * knock.up.grad
             second = 0.95 * second + 0.05 * knock.up.grad**2
             p = p - lr * (first / (1 - 0.9**n)) / ((second / (1 - 0.95**n)).sqrt() + 1e-8)
@@ -181,12 +181,12 @@ def run_ruled(*words):
 
 def test_a_run_with_another_rule_goes_on_where_it_was(data):
     options = f"{TINY} --prompt a --data {data} --out".split()
-    for rule in ("slow", "no-decay"):
+    for rule in ("slow", "decay"):
         run_ruled(rule, *options, rule)
     run_ruled("slow", *options, "halves", "--save_every", "12", "--steps", "12")
     run_ruled("slow", *options, "halves", "--resume")
-    slow, none, halves = (report.read_log(Path(out))[1] for out in ("slow", "no-decay", "halves"))
-    assert halves[-1]["step"] == slow[-1]["step"] == 24 and slow[-1]["knocks"] != none[-1]["knocks"]
+    slow, fast, halves = (report.read_log(Path(out))[1] for out in ("slow", "decay", "halves"))
+    assert halves[-1]["step"] == slow[-1]["step"] == 24 and slow[-1]["knocks"] != fast[-1]["knocks"]
 
 
 @pytest.mark.parametrize("rule", peers.RULED)
@@ -195,7 +195,7 @@ def test_a_run_with_another_rule_does_not_go_on_without_it(rule, data):
     run_ruled(rule, *options, "--steps", "12")
     assert lines_of(out)[0]["train"]["rule"] == rule
     before = contents(out)
-    another = "slow" if rule == "no-decay" else "no-decay"
+    another = "slow" if rule == "decay" else "decay"
     with pytest.raises(ValueError, match=f"has the rule '{rule}', not '{another}'"):
         run_ruled(another, *options, "--resume")
     with pytest.raises(ValueError, match="the run in run is not of this version .*'rule'"):

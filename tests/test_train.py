@@ -167,12 +167,13 @@ def test_updates_are_adamw_on_clipped_gradients():
         gradients = torch.autograd.grad(loss, list(plain.parameters()))
         norm = sum(g.square().sum() for g in gradients).sqrt()
         assert norm > 2 * settings.grad_clip
-        for p, g, m_, v_ in zip(plain.parameters(), gradients, m, v, strict=True):
+        for (name, p), g, m_, v_ in zip(plain.named_parameters(), gradients, m, v, strict=True):
             g = g * settings.grad_clip / norm
+            decays = p.dim() > 1 and "knock" not in name
             m_.mul_(0.8).add_(0.2 * g)
             v_.mul_(0.9).add_(0.1 * g.square())
             step = (m_ / (1 - 0.8**t)) / ((v_ / (1 - 0.9**t)).sqrt() + 1e-8)
-            p.data -= 0.01 * (step + (0.5 * p.data if p.dim() > 1 else 0))
+            p.data -= 0.01 * (step + 0.5 * decays * p.data)
         numbers = train.update(model, model, optimizer, settings, micros)
         expected = torch.stack((loss, norm, torch.zeros(()), torch.ones(())))
         torch.testing.assert_close(numbers, expected.detach(), check_dtype=False)
@@ -321,13 +322,14 @@ def test_evaluation_is_the_mean_over_the_first_tokens():
     assert model.training and not model.moes()[0].load.any()  # experts were chosen in eval mode
 
 
-def test_matrices_decay_and_norms_do_not():
-    model, decay = Transformer(Config(**TINY)), {}
+def test_matrices_decay_and_norms_and_knocks_do_not():
+    kinds = dict(knock_q="linear", knock_k="gate", knock_v="mlp")
+    model, decay = Transformer(Config(**{**TINY, **kinds})), {}
     for group in make_optimizer(model, TrainConfig()).param_groups:
         decay |= dict.fromkeys(group["params"], group["weight_decay"])
     assert len(decay) == len(list(model.parameters()))
     for name, p in model.named_parameters():
-        assert (decay[p] == 0) == name.endswith("norm.weight")
+        assert (decay[p] == 0) == (name.endswith("norm.weight") or "knock" in name)
 
 
 # --- starting from weights that are there ---
