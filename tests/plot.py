@@ -92,7 +92,7 @@ def draw_losses(findings: Findings, path: Path) -> Path:
         axes.plot(tokens, middle, "o-", color=COLORS[kind], markersize=4, label=f"{kind}, {label}")
         axes.fill_between(tokens, low, high, color=COLORS[kind], alpha=0.15, linewidth=0)
 
-    kinds = ("linear on v", "gate on v", "mlp on v", "mlp on q, k, v", "none")
+    kinds = ("linear on v", "gate on v", "mlp on v", "mlp on v, no decay", "mlp on q, k, v", "none")
     found = {kind: findings.results["", kind] for kind in kinds if ("", kind) in findings.results}
     shared = set.intersection(*(set(runs) for runs in found.values()))
     for kind, runs in found.items():

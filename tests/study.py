@@ -119,9 +119,12 @@ def grid(groups: dict[str, str], kinds: list[str], seeds: Iterable[int]) -> list
     return runs
 
 
+DEFAULT = ["none", "mlp on v, no decay"]
 PAIR = ["none", "mlp on v"]
-OTHERS = ["linear on v", "gate on v", "linear on q, k, v", "mlp on q, k, v",
-          "mlp on v, random start", "mlp on v, no decay"]  # fmt: skip
+TYPES = [
+    "mlp on v", "linear on v", "gate on v", "linear on q, k, v", "mlp on q, k, v",
+    "mlp on v, random start",
+]  # fmt: skip
 RULES = ["mlp on v, no decay", "mlp on v, decay to the start", "mlp on v, slow"]
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
 THIRD = "--n_layer 6 --n_embd 384 --n_head 9 --n_kv_head 3"
@@ -167,8 +170,8 @@ STUDIES = {
     ),
     "types": Study(
         "",
-        grid({"": small()}, PAIR, range(1, 5))
-        + grid({"": small()}, OTHERS, range(1, 5))
+        grid({"": small()}, DEFAULT, range(1, 5))
+        + grid({"": small()}, TYPES, range(1, 5))
         + grid({"": small()}, PAIR, range(5, 9)),
     ),
     "toy": Study("", grid({"": "toy"}, PAIR, range(1, 6))),

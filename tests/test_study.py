@@ -328,7 +328,7 @@ def test_every_run_has_its_baseline_and_is_known_to_train_py(name):
 
 def test_a_pair_stands_side_by_side():
     pairs = [(run.kind, run.seed) for run in study.STUDIES["types"].runs[:8]]
-    both = ["none", "mlp on v"]
+    both = ["none", "mlp on v, no decay"]
     assert [seed for _, seed in pairs] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert [kind for kind, _ in pairs] == [*both, *both[::-1]] * 2
 
