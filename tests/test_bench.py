@@ -189,6 +189,14 @@ def test_a_run_with_another_rule_goes_on_where_it_was(data):
     assert halves[-1]["step"] == slow[-1]["step"] == 24 and slow[-1]["knocks"] != fast[-1]["knocks"]
 
 
+def test_a_single_head_that_shares_with_nobody_learns_as_with_decay(data):
+    options = f"{TINY} --n_kv_head 1 --weight_decay 9 --prompt a --data {data} --out".split()
+    for rule in ("unshared", "decay", "to-start"):
+        run_ruled(rule, *options, rule)
+    losses = [report.read_log(Path(rule))[1][-1]["val_loss"] for rule in ("unshared", "decay")]
+    assert losses[0] == losses[1] != report.read_log(Path("to-start"))[1][-1]["val_loss"]
+
+
 @pytest.mark.parametrize("rule", peers.RULED)
 def test_a_run_with_another_rule_does_not_go_on_without_it(rule, data):
     options, out = f"{TINY} --prompt a --data {data} --out run".split(), Path("run")
