@@ -135,9 +135,8 @@ class Heads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads = F.linear(x, self.absorbed_weight(x.dtype))  # (B, T, H * D)
         heads = heads.unflatten(-1, (-1, self.knock.head_dim))  # (B, T, H, D)
-        if self.knock.kind == "linear":
-            return heads  # T is in the weight already: x (W_i T) = (x W_i) T, at less cost
-        return self.knock(heads)
+        # A linear knock is in the weight already: x (W_i T) = (x W_i) T, at less cost.
+        return heads if self.knock.kind == "linear" else self.knock(heads)
 
 
 def absorb(weight: Tensor, t: Tensor) -> Tensor:
@@ -424,13 +423,13 @@ class KnockedLinear(nn.Linear):
 
 
 def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=slice(None)) -> dict:
-    """Put knocks of `kind` (linear or mlp) on projections of a PyTorch model that is not ours: on
-    each nn.Linear with a name that matches the fnmatch `pattern`, such as "*.v_proj". Its heads
-    (head_dim outputs each, one after another) share one knock. With `rows` only these outputs have
-    it: for nanoGPT's values slice(2 * n_embd, 3 * n_embd); GPT-NeoX's are no slice. Knocks start as
-    the identity. Returns them by the projections' names. Raises ValueError if one cannot be
-    knocked. Call it before DDP and FSDP, which miss new parameters. To load: make the base model,
-    add knocks, then load_state_dict. With LoRA on linear knocks: first fold, then merge LoRA."""
+    """Put knocks of `kind` (linear or mlp) on a PyTorch model that is not ours: on each nn.Linear
+    with a name that matches the fnmatch `pattern`, such as "*.v_proj". Its heads (head_dim outputs
+    each, one after another) share one knock. With `rows` only these outputs have it: for nanoGPT's
+    values slice(2 * n_embd, 3 * n_embd); GPT-NeoX's are no slice. Knocks start as the identity, in
+    float32: bfloat16 rounds 1 + lr to 1. Returns them by the projections' names. Raises ValueError
+    if one cannot be knocked. Call it before DDP and FSDP, which miss new parameters. To load: make
+    the base model, add knocks, then load_state_dict. With LoRA on linear ones: fold, then merge."""
     if isinstance(model, Transformer):
         raise ValueError("ours have their knocks by Config: set knock_q, knock_k, knock_v")
     if kind not in ("linear", "mlp"):
@@ -457,7 +456,7 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
         if type(part) is nn.Linear:
             part.__class__ = KnockedLinear  # still the same module, with its hooks
             part.knocks, part.rows = nn.ModuleList(), []
-        knocks[name] = Knock(kind, head_dim).to(part.weight)
+        knocks[name] = Knock(kind, head_dim).to(part.weight.device, torch.float32)
         part.knocks.append(knocks[name])
         part.rows.append(rows.indices(part.out_features)[:2])
     return knocks
@@ -484,6 +483,7 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
     the same. T goes into W^Q, W^K, W^V (eq. 8), and so do W^up and W^gate; a `FoldedGate` remains.
     If the heads are only values, W^down goes into W^O, as attention is linear in them. For a model
     that is not ours, `value` and `output` name the two nn.Linear, such as "v_proj" and "o_proj".
+    Leave them out if there is more than attention between: a norm (BitNet), a gate (Qwen3-Next).
     Raises ValueError, with nothing changed, for an MLP knock on a projection with bias or on a part
     of its outputs, if no plain nn.Linear `output` is beside `value`, and for weights that layers
     share, that FSDP has sharded, or that are computed, as pruning and weight norms do."""

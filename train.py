@@ -247,9 +247,9 @@ def lr_at(step: int, train: TrainConfig) -> float:
 
 
 def make_optimizer(model: Transformer, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; matrices decay to 0, norms and knocks do not. The paper does not say how its knocks
-    decay; without it they learn better (tests/results, study `decay`). The learning rate is a
-    tensor, so that a CUDA graph of the step reads what it is then."""
+    """AdamW; matrices decay to 0, norms and knocks do not. The paper does not say whether knocks
+    do. Without it the MLP on values learns better (tests/results, study `decay`). The learning rate
+    is a tensor, so that a CUDA graph of the step reads what it is then."""
     decay, keep = [], []
     for name, p in model.named_parameters():
         (keep if p.dim() < 2 or "knock." in name else decay).append(p)

@@ -24,9 +24,9 @@ decay. With decay they decay to zero, as all other matrices do. With to-start th
 they started: T, W^up and W^down to the identity, W^gate to zero. With slow they decay to zero, but
 their learning rate is a tenth, and so is their decay.
 
-unshared: our own train.py with a knock of its own for each head, which decays to zero. So the heads
-do not interact, and this is no longer KHA: it is the control that shows what the sharing does. The
-seed gives the same start and batches as in train.py.
+unshared: as decay, with a knock of its own for each head. So the heads do not interact, and this is
+no longer KHA: it is the control that shows, beside decay, what the sharing does. The seed gives the
+same start and batches as in train.py.
 """
 
 import importlib.util

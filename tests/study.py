@@ -210,7 +210,9 @@ STUDIES = {
         tokenizer="gpt2",
     ),
 }
-FIGURE_3 = grid({"": small()}, ["linear on v", "mlp on v"], range(1, 2))  # matrices to keep
+FIGURE_3 = [  # runs with matrices to keep
+    run.command for run in grid({"": small()}, ["linear on v", "mlp on v"], range(1, 2))
+]
 
 # ---- running
 
@@ -428,7 +430,7 @@ class Runner:
             if job.run.command in self.finished():
                 job.release()
                 continue
-            job.begin(device, self.data, keep=self.keep or job.run in FIGURE_3)
+            job.begin(device, self.data, keep=self.keep or job.run.command in FIGURE_3)
             self.running[device] = job
             return
 
@@ -444,7 +446,7 @@ class Runner:
             output = job.folder / "output.txt"
             reason = output.read_text().strip().split("\n")[-1]
             return f"failed with exit code {job.process.returncode}: {command}: {reason} ({output})"
-        if outcome == "finished" and command in [run.command for run in FIGURE_3]:
+        if outcome == "finished" and command in FIGURE_3:
             name = f"figure3-{job.run.kind.replace(' ', '-')}.npz"
             np.savez_compressed(self.results / name, **knock_matrices(job.folder))
         result = {

@@ -107,12 +107,18 @@ def test_a_projection_with_two_names_knocks_once(pattern, name):
 
 
 @BOTH_KINDS
-def test_added_knocks_take_the_dtype_of_the_projection(kind):
+def test_knocks_on_a_bfloat16_model_learn_small_steps(kind):
     model = Values().bfloat16()
     before = model(X.bfloat16())
     (knock,) = add_knocks(model, kind, "v_proj", 8).values()
-    assert {p.dtype for p in knock.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(model(X.bfloat16()), before, rtol=0, atol=0)
+    optimizer = torch.optim.AdamW(knock.parameters(), lr=1e-4, weight_decay=0)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(X.bfloat16()).square().mean().backward()
+        optimizer.step()
+    for p in knock.parameters():
+        assert (p - p.bfloat16()).any() and not torch.equal(p.diagonal(), p.new_ones(len(p)))
 
 
 @BOTH_KINDS

@@ -93,7 +93,7 @@ def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
     monkeypatch.setattr(study, "EVAL_BYTES", 4 * 256)  # an evaluation every 4 updates
     fails, diverges = grid(more="--micro_batch 3")[0], grid(more="--lr 1e18")[0]
     runs = [fails, diverges, *grid()]
-    monkeypatch.setattr(study, "FIGURE_3", runs[-1:])
+    monkeypatch.setattr(study, "FIGURE_3", [runs[-1].command])
     code, results = work(monkeypatch, data, runs)
     assert code == 1
     assert [r["run"] for r in results] == [run.command for run in runs if run != fails]
