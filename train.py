@@ -128,6 +128,9 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
         check_new(settings["out"])
     elif saved := list_to_resume(settings["out"]):
         checkpoint = read_newest(saved)
+        if checkpoint["format"] != FORMAT and any("knock." in name for name in checkpoint["model"]):
+            raise ValueError(f"the run in {settings['out']} is of an older version, in which knocks"
+                             " decay: sample from it, or start a new run from it with --init")
         try:
             before = TrainConfig(**{**checkpoint["train"], "out": settings["out"]})
         except TypeError as error:
@@ -247,9 +250,9 @@ def lr_at(step: int, train: TrainConfig) -> float:
 
 
 def make_optimizer(model: Transformer, train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; matrices decay to 0, norms and knocks do not. The paper does not say whether knocks
-    do. Without it the MLP on values learns better (tests/results, study `decay`). The learning rate
-    is a tensor, so that a CUDA graph of the step reads what it is then."""
+    """AdamW; matrices decay to 0, norms and knocks do not. The paper does not say whether its
+    knocks do. Without decay the MLP on values learns better (tests/results, study `decay`). The
+    learning rate is a tensor, so that a CUDA graph of the step reads what it is then."""
     decay, keep = [], []
     for name, p in model.named_parameters():
         (keep if p.dim() < 2 or "knock." in name else decay).append(p)

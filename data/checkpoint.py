@@ -34,7 +34,8 @@ from data.processes import whole
 from data.script import sync, sync_names
 from kha import Config, Transformer
 
-FORMAT = 2  # 1 had the knocks beside the projections, as knock_v, and no "format"
+FORMAT = 3  # 1 had the knocks beside the projections, as knock_v, and no "format"
+READABLE = (2, FORMAT)  # with 2 the knocks decayed, so its runs do not go on
 TYPES = {
     "format": int, "step": int, "config": dict, "train": dict, "tokenizer": str, "model": dict,
 }  # fmt: skip
@@ -286,7 +287,7 @@ def read_checkpoint(path: str) -> dict:
                 raise ValueError(f"{damaged} in it fails its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         version = checkpoint.get("format", 1) if "model" in checkpoint else FORMAT
-        if version == FORMAT:  # what the others should hold is not known here
+        if version in READABLE:  # what the others should hold is not known here
             for key, kind in TYPES.items():
                 if not isinstance(checkpoint.get(key), kind):
                     raise LookupError(f"it lacks {key}, or that is no {kind.__name__}")
@@ -307,7 +308,7 @@ def read_checkpoint(path: str) -> dict:
         raise ValueError(
             f"{path} is damaged or not a checkpoint of this project ({reason})"
         ) from error
-    if version != FORMAT:
+    if version not in READABLE:
         raise ValueError(
             f"{path} has the checkpoint format {version} and this version of the project has"
             f" {FORMAT}: use the version that wrote it, or train again"

@@ -257,5 +257,5 @@ def test_a_best_checkpoint_without_a_loss_gives_way(loss, tokens, tmp_path, caps
 def test_another_format_is_named(tmp_path):
     checkpoint = tiny_checkpoint(1)[1]
     save_checkpoint(tmp_path, {name: checkpoint[name] for name in checkpoint if name != "format"})
-    with pytest.raises(ValueError, match="has the checkpoint format 1 and this version .* has 2"):
+    with pytest.raises(ValueError, match="has the checkpoint format 1 and this version .* has 3"):
         load_checkpoint(tmp_path)

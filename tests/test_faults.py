@@ -335,6 +335,18 @@ def test_a_checkpoint_of_another_version_is_refused(halves):
         parse_config(["--out", str(halves), "--resume"])
 
 
+def test_a_run_with_knocks_that_decayed_does_not_go_on_without(halves):
+    checkpoint = load_checkpoint(halves)[1] | {"format": 2}
+    save_checkpoint(halves, checkpoint)
+    with pytest.raises(ValueError, match="an older version, in which knocks decay: sample from it"):
+        parse_config(["--out", str(halves), "--resume"])
+    assert parse_config(["--out", str(halves / "new"), "--init", str(halves)])[2]["step"] == 0
+    weights = {name: p for name, p in checkpoint["model"].items() if "knock." not in name}
+    plain = {**checkpoint, "config": {**checkpoint["config"], "knock_v": "none"}, "model": weights}
+    save_checkpoint(halves, plain)
+    assert parse_config(["--out", str(halves), "--resume"])[2]["step"] == 30
+
+
 def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
     """Run back to step 20, a run saves more often than before. What it kept must be two whole
     files."""
