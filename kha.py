@@ -427,7 +427,7 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
     with a name that matches the fnmatch `pattern`, such as "*.v_proj". Its heads (head_dim outputs
     each, one after another) share one knock. With `rows` only these outputs have it: for nanoGPT's
     values slice(2 * n_embd, 3 * n_embd); GPT-NeoX's are no slice. Knocks start as the identity, in
-    float32: bfloat16 rounds 1 + lr to 1. Returns them by the projections' names. Raises ValueError
+    float32 or wider; bfloat16 rounds 1 + lr to 1. Returns them by projection. Raises ValueError
     if one cannot be knocked. Call it before DDP and FSDP, which miss new parameters. To load: make
     the base model, add knocks, then load_state_dict. With LoRA on linear ones: fold, then merge."""
     if isinstance(model, Transformer):
@@ -456,7 +456,7 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
         if type(part) is nn.Linear:
             part.__class__ = KnockedLinear  # still the same module, with its hooks
             part.knocks, part.rows = nn.ModuleList(), []
-        knocks[name] = Knock(kind, head_dim).to(part.weight.device, torch.float32)
+        knocks[name] = Knock(kind, head_dim).to(upcast(part.weight))
         part.knocks.append(knocks[name])
         part.rows.append(rows.indices(part.out_features)[:2])
     return knocks

@@ -262,7 +262,8 @@ class RuledConfig(TrainConfig):
 def make_optimizer_with(
     rule: str, model: Transformer, train: TrainConfig
 ) -> torch.optim.Optimizer:
-    """What train.make_optimizer makes, with one of RULES for the knocks, as told above."""
+    """What train.make_optimizer makes, with the rule of one of RULED for the knocks, as told
+    above."""
     optimizer = make_optimizer(model, train)
     knocks = [p for knock in knocks_of(model).values() for p in knock.parameters()]
     ids = set(map(id, knocks))
@@ -321,8 +322,7 @@ def main(argv: list[str]) -> None:
         ours.TrainConfig, RuledConfig.peer = RuledConfig, peer
         if peer == "unshared":
             kha.Heads = UnsharedHeads
-        rule = "decay" if peer == "unshared" else peer
-        ours.make_optimizer = partial(make_optimizer_with, rule)
+        ours.make_optimizer = partial(make_optimizer_with, peer)
         return ours.main([*options, "--rule", peer])
     config, train, _ = parse_config(options)
     device = pick_device(train.device)

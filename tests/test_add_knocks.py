@@ -107,6 +107,16 @@ def test_a_projection_with_two_names_knocks_once(pattern, name):
 
 
 @BOTH_KINDS
+@pytest.mark.parametrize(
+    "of_model,of_knocks",
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2],
+)
+def test_added_knocks_are_at_least_float32(kind, of_model, of_knocks):
+    (knock,) = add_knocks(Values().to(of_model), kind, "v_proj", 8).values()
+    assert {p.dtype for p in knock.parameters()} == {of_knocks}
+
+
+@BOTH_KINDS
 def test_knocks_on_a_bfloat16_model_learn_small_steps(kind):
     model = Values().bfloat16()
     before = model(X.bfloat16())
