@@ -141,6 +141,8 @@ SIZES = {
     "25M of 121M": small(),
     "8M, dense": small(f"{THIRD} {DENSE} 640"),
     "25M, dense": small(f"{DENSE} 896"),
+}
+LARGER = {
     "73M of 348M": small(f"{THRICE} --d_ff 304"),
     "73M, dense": small(f"{THRICE} {DENSE} 1216"),
 }
@@ -191,11 +193,13 @@ STUDIES = {
     ),
     "sizes": Study(
         "parameters",
-        grid(SIZES, ["none", "linear on v, no decay", "mlp on v, no decay"], range(1, 4)),
+        grid(SIZES, ["none", "linear on v, no decay", "mlp on v, no decay"], range(1, 4))
+        + grid(LARGER, ["none", "linear on v, no decay", "mlp on v, no decay"], range(1, 4)),
     ),
     "variants": Study(
         "attention",
-        grid(VARIANTS, PAIR, range(1, 3)) + grid(MLA, ["none", "linear on v"], range(1, 3)),
+        grid(VARIANTS, PAIR, range(1, 4))
+        + grid(MLA, ["none", "linear on v, no decay"], range(1, 4)),
     ),
     "decay": Study(
         "",
