@@ -381,7 +381,7 @@ class MLA(nn.Module):
         self.kv_norm = RMSNorm(rank, eps=eps)
         self.wk_rope = Linear(C, D // 2)
         self.wk = Heads(rank, H, D, config.knock_k)  # W^UK: head h reads the latent of its group
-        self.wv = Heads(rank, H, D, config.knock_v)  # W^UV; of both, forward uses the weight alone
+        self.wv = Heads(rank, H, D, config.knock_v)  # W^UV; forward uses only the weights
 
     def forward(self, x: Tensor, common: Common, layer_cache=None) -> Tensor:
         G, D = self.n_latent, self.wq.knock.head_dim
@@ -394,7 +394,7 @@ class MLA(nn.Module):
             latent, k_rope = layer_cache.update(common, latent, k_rope)  # (B, S, ...)
         wk = self.wk.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))  # (G, H/G, D, R)
         wv = self.wv.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))  # as wk
-        if common.mask is None:  # no past: make keys and values, smaller than latents if R > D
+        if common.mask is None:  # no past: make each head's k and v, which are narrower if R > D
             k = torch.einsum("btgr,ghdr->btghd", latent, wk).flatten(2, 3)  # (B, T, H, D)
             v = torch.einsum("btgr,ghdr->btghd", latent, wv).flatten(2, 3)
             k = torch.cat((k, k_rope.expand_as(q_rope)), dim=-1)  # (B, T, H, D + D/2)
@@ -447,7 +447,7 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
         if "forward" in vars(part) or type(part.weight) not in (nn.Parameter, Tensor):
             raise ValueError(f"{name} is sharded or has a forward of its own: add knocks first")
         start, stop, step = rows.indices(part.out_features)
-        if step != 1 or start >= stop or head_dim < 1 or (stop - start) % head_dim:
+        if step != 1 or start >= stop or not head_dim or head_dim < 1 or (stop - start) % head_dim:
             raise ValueError(f"outputs {start}:{stop}:{step} of {name} are no heads of {head_dim}")
         if any(a < stop and start < b for a, b in getattr(part, "rows", ())):
             raise ValueError(f"{name} knocks already")
@@ -571,7 +571,7 @@ def check_config(c: Config) -> None:
         (c.head_dim % 2 or c.rope_dim % 2, "head_dim must be even; in gta and mla a multiple of 4"),
         (knocks == {"none"} and c.knock_init == "random", "without knocks set knock_init identity"),
         (c.attention == "gta" and c.knock_k != "none", "gta knocks by knock_v: leave knock_k none"),
-        (mla and knocks - {"none", "linear"}, "mla takes linear knocks only: set linear, or none"),
+        (mla and knocks - {"none", "linear"}, "mla takes only linear: set knock_v linear or none"),
         (mla and (c.kv_rank == 0 or c.kv_rank % c.n_kv_head),
          f"mla needs a kv_rank that is a multiple of n_kv_head, not {c.kv_rank}"),
         (not mla and (c.kv_rank or c.q_rank), "kv_rank and q_rank belong to mla: leave them 0"),

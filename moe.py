@@ -1,9 +1,10 @@
 """The feed-forward part of a block: a dense SwiGLU, or a mixture of SwiGLU experts.
 
-The mixture is the one that the paper trains: sigmoid scores, the top k of score + bias, no shared
-expert, no dropped token. Loss-free balancing moves the bias (Wang et al. 2024, arXiv 2408.15664;
-rule of Su 2025), so no auxiliary loss pulls on the model. Read `MoE.forward` from top to bottom:
-route, sort, two grouped matmuls, un-sort. The letters of shapes are those of kha.py.
+The mixture is the paper's: sigmoid scores, the top k of score + bias. That there is no shared
+expert is our guess, by its printed sizes. No token is dropped. Loss-free balancing moves the bias
+(Wang et al. 2024, arXiv 2408.15664; rule of Su 2025), so no auxiliary loss pulls on the model. Read
+`MoE.forward` from top to bottom: route, sort, two grouped matmuls, un-sort. The letters of shapes
+are those of kha.py.
 """
 
 import math
@@ -73,6 +74,7 @@ class MoE(nn.Module):
     Buffers: `bias` (E,) is added to the scores when experts are chosen, and nowhere else. `load`
     (E,) counts the tokens of each expert in training mode since the last `balance`. With recompute
     it counts each token twice. That changes nothing, because `balance` looks at shares only.
+    torch.autocast would round the router, too: instead, give activations in the dtype you want.
     """
 
     def __init__(self, n_embd: int, d_ff: int, n_expert: int, top_k: int):

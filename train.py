@@ -80,7 +80,7 @@ class TrainConfig:
     balance_rate: float = 1e-3  # how far an update moves the experts' biases, on average
     eval_every: int = 250  # steps between evaluations
     eval_tokens: int = 262144  # how many held-out tokens an evaluation reads
-    save_every: int = 250  # steps between checkpoints (two and the best stay); 0: at a signal only
+    save_every: int = 250  # steps between checkpoints (two and the best stay); 0: only at a signal
     sample_tokens: int = 200  # length of the sample at the end; 0 for none
     prompt: str = "def "  # what the sample continues
     parallel: str = "ddp"  # under torchrun: ddp, a model in each process, or fsdp, parts of one
@@ -119,7 +119,8 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     configs = {name: CONFIGS[name] | RECIPES[name] for name in CONFIGS}
     options = add_fields("train.py", __doc__, configs, "toy", (Config, TrainConfig))
     options.add_argument("--resume", action="store_true", default=False,
-                         help="go on from the newest checkpoint in --out, if any, with its config")
+                         help="go on from the newest checkpoint in --out, if any, with its model:"
+                         " the config named here then only gives the default of --out")
     given = vars(parse_args(options, argv))
     name, resume = given.pop("config"), given.pop("resume")
     shape = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}
@@ -337,8 +338,8 @@ def check_run(config: Config, train: TrainConfig, checkpoint: dict | None, devic
         fits = [n for n in range(min(micro, each), 0, -1) if not rest and each % n == 0]
         raise ValueError(f"batch_tokens must be a multiple of micro_batch * block_size * processes"
                          f" = {micro} * {T} * {n_process} = {unit}, not {train.batch_tokens}: add"
-                         f" --batch_tokens {-(-train.batch_tokens // unit) * unit}"
-                         + (f" or --micro_batch {fits[0]}" if fits else ""))
+                         + (f" --micro_batch {fits[0]} or" if fits else "")
+                         + f" --batch_tokens {-(-train.batch_tokens // unit) * unit}")
     if meta["vocab_size"] > config.vocab_size:
         raise ValueError(
             f"{data} has a vocabulary of {meta['vocab_size']} ({meta['tokenizer']}), more than the"
@@ -373,11 +374,12 @@ def main(argv: list[str]) -> None:
     tokens = open_tokens(train.data, "train")
     held_out = open_tokens(train.data, "val")[: train.eval_tokens + 1]
     tokenizer = load_tokenizer(meta["tokenizer"])
-    model, wrapped = build_model(config, train, device, n_process)
-    optimizer = make_optimizer(model, train)
-    if checkpoint:
-        restore(model, optimizer, checkpoint)
-        checkpoint = None  # it maps its file into memory, so a deleted file would still need space
+    with advice_on_memory(config, train, n_process):
+        model, wrapped = build_model(config, train, device, n_process)
+        optimizer = make_optimizer(model, train)
+        if checkpoint:
+            restore(model, optimizer, checkpoint)
+            checkpoint = None  # it maps its file: a deleted one would still take space
     log = Log(train.out, start, writes=rank == 0)
     settings = {"config": asdict(config), "train": asdict(train)}
     settings |= {"tokenizer": meta["tokenizer"], "data": meta["train"]["sha256"]}

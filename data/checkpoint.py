@@ -11,7 +11,7 @@ those that were saved right after an evaluation. A checkpoint is a dictionary:
     data        sha256 of the run's train.bin
     val_loss    held-out loss, nats a token, if it was evaluated at this step, else None
     model       the state dict of the model, whole tensors
-    optimizer   that of the optimizer; it is missing before the first update
+    optimizer   that of the optimizer
 """
 
 import errno

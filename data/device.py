@@ -41,8 +41,8 @@ def start_compilers() -> None:
 
 class Moment:
     """The moment at which a device has done all that it was given before this was made. On CUDA it
-    is the GPU's own time, so it does not matter when the CPU looks. That may be late: a launch
-    waits while about a thousand others are in the queue."""
+    is the GPU's own time, so it does not matter if the CPU is late. It often is, because a
+    launch waits while about a thousand others are in the queue."""
 
     def __init__(self, device: str):
         self.event, self.time = None, time.perf_counter()

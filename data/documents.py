@@ -296,7 +296,7 @@ def check_text(pieces: Iterable[bytes]) -> Iterator[bytes]:
 def read_rows(source: Source, field: str, left_out: LeftOut) -> Iterator[Document]:
     """The texts of rows. A file in a folder is skipped if its first 100 rows have none."""
     rows = iter(source.rows)
-    first = list(islice(rows, 100))
+    first = list(islice(rows, 100 if source.found else 0))
     if source.found and all(row_text(row, field) is None for _, row in first):
         left_out.skipped_files += 1
         return

@@ -140,8 +140,9 @@ class Log:
         total, active = count_params(model)
         self.say(
             f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; {train['steps']} steps of"
-            f" {train['batch_tokens']} tokens on {n_process} x {device.split(':')[0]}; writing"
-            f" {self.out}" + (f", going on after step {start}" if start else "")
+            f" {train['batch_tokens']} tokens on {n_process} x {device.split(':')[0]}; data"
+            f" {train['data']}, writing {self.out}"
+            + (f", going on after step {start}" if start else "")
         )
 
     def update(

@@ -19,8 +19,8 @@ validation, but at least 1025 (of a text with fewer than 2050 tokens a quarter),
 documents if possible: see data/split.py.
 
 Duplicate and empty documents are dropped. Hidden files are skipped, so are bad rows (more than 1%
-of them are an error) and files without text in a folder. Rows are in memory one at a time. However
-long other texts are, it holds about 40 bytes for each document and 1 kB for each file.
+of them are an error) and files without text in a folder. At most 100 rows are in memory at a time.
+However long other texts are, it holds about 40 bytes for each document and 1 kB for each file.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
     if workers < 1:
         raise ValueError(f"--workers must be at least 1, not {workers}")
     if is_taken(out):
-        raise FileExistsError(f"{out} already exists: delete it or choose another --out")
+        raise FileExistsError(f"{out} already exists: choose another --out")
     encoding = load_tokenizer(tokenizer)
     text, path = b"", Path(out, "meta.json")
     try:

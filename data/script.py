@@ -67,7 +67,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Nam
     for word in argv[: argv.index("--")] if "--" in argv else argv:
         option = word.split("=")[0]
         if re.fullmatch(r"--?[a-zA-Z]\S*", option) and option not in options:
-            raise ValueError(f"unknown option {option}: {nearest(option, options, 'see --help')}")
+            other = "see --help (if it is a value: --option=VALUE)"
+            raise ValueError(f"unknown option {option}: {nearest(option, options, other)}")
     args = parser.parse_intermixed_args(argv)
     for name, value in vars(args).items():
         if value == "" and name not in ("prompt", "field"):
@@ -98,7 +99,6 @@ def add_fields(
         "config", nargs="?", default=default, choices=configs, metavar="config",
         help=f"one of {', '.join(configs)} (default: {default})",
     )  # fmt: skip
-    differing = {name for fields in configs.values() for name in fields}
     for cls in classes:
         group = parser.add_argument_group(cls.__name__)
         source = "".join(inspect.getsource(base) for base in cls.__mro__ if base is not object)
@@ -109,8 +109,10 @@ def add_fields(
                 how = {"action": argparse.BooleanOptionalAction}
             text = comments[field.name]
             if field.default != "":
-                own = ", or the config's own" if field.name in differing else ""
-                text += f" (default: {field.default}{own})"
+                n_own = sum(field.name in fields for fields in configs.values())
+                shown = [str(field.default)] if n_own < len(configs) else []
+                shown += ["the config's own"] if n_own else []
+                text += f" (default: {', or '.join(shown)})"
             group.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **how)
     return parser
 

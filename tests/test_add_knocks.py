@@ -433,6 +433,7 @@ def test_a_weight_that_is_computed_is_not_folded_into(compute, name, kind):
         (("mlp", "*.value", 8), "no module's name matches '\\*.value'"),
         (("mlp", "?", 8), "0 is a Values, not an nn.Linear"),
         (("mlp", "*.v_proj", 7), "outputs 0:16:1 of 0.v_proj are no heads of 7"),
+        (("mlp", "*.v_proj", None), "outputs 0:16:1 of 0.v_proj are no heads of None"),
         (("linear", "*.v_proj", 8, slice(16, 24)), "outputs 16:16:1 of"),
         (("linear", "*.v_proj", 8, slice(0, 16, 2)), "outputs 0:16:2 of .* are no heads of 8"),
         (("linear", "*.o_proj", 8), "0.o_proj knocks already"),

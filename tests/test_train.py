@@ -430,16 +430,18 @@ def test_bytes_that_are_not_text_are_refused():
 def test_help_says_what_each_option_is(run_here):
     words = " ".join(run_here(main, "--help").stdout.split())
     lr = "--lr float peak, after 5% warm-up; a cosine takes it to 10%"
-    assert f"{lr} (default: 0.00075, or the config's own)" in words
+    assert f"{lr} (default: the config's own)" in words  # each has one
+    assert "--n_layer int blocks (default: 12, or the config's own)" in words
     assert "--attention str gqa, gta or mla (default: gqa)" in words
     assert "out/CONFIG if not given --init str" in words  # an empty text is no default
 
 
-def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["build_model", "update"])
+def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatch, where):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train, "update", fail)
+    monkeypatch.setattr(train, where, fail)
     with pytest.raises(ValueError, match="the GPU's memory is too small for this run: it needs"):
         main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
     advice = memory_advice(Config(**CONFIGS["moe-1b-6.1b"]), 1, "ddp", False, 8)
@@ -464,13 +466,14 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
         ("--init EMPTY", "--init is empty"),
         ("--n_kv_head 3", "n_head must be a multiple of n_kv_head"),
         ("--data DATA --batch_tokens 1024",
-         "8 * 256 * 1 = 2048, not 1024: add --batch_tokens 2048 or --micro_batch 4"),
+         "8 * 256 * 1 = 2048, not 1024: add --micro_batch 4 or --batch_tokens 2048"),
         ("--balance rsm", "balance must be one of rms, sign"),
         ("--device tpu", "device 'tpu' is not available"),
         ("--data DATA --vocab_size 100",
          "a vocabulary of 257 (byte), more than the model's 100: add --vocab_size 320"),
         ("--data DATA --eval_tokens 16", "eval_tokens must be at least block_size, 256, not 16"),
         ("--data nowhere", "no prepared data in nowhere"),
+        (f"--data {__file__}", "to make one run python data/prepare.py"),
         ("--data DATA --out RUN", "holds a run already: add --resume"),
         ("--out BROKEN --resume", "damaged"),
         ("--out RUN --resume --n_layer 3",
