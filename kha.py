@@ -485,8 +485,8 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
     that is not ours, `value` and `output` name the two nn.Linear, such as "v_proj" and "o_proj".
     Leave them out if there is more than attention between: a norm (BitNet), a gate (Qwen3-Next).
     Raises ValueError, with nothing changed, for an MLP knock on a projection with bias or on a part
-    of its outputs, if no plain nn.Linear `output` is beside `value`, and for weights that layers
-    share, that FSDP has sharded, or that are computed, as pruning and weight norms do."""
+    of its outputs, if `value` is not there or no plain nn.Linear `output` beside it, and for
+    weights that layers share, FSDP has sharded, or pruning or a weight norm computes."""
     if isinstance(model, Transformer):
         value, output = ("wv", "wo") if model.config.attention == "gqa" else (None, None)
     for part, wo in plan_fold(model, value, output):  # all checks come before the first change
@@ -516,6 +516,8 @@ def plan_fold(model: nn.Module, value: str | None, output: str | None) -> list[t
     """Each projection that `fold` changes, and the W^O for its W^down or None. Raises as `fold`."""
     held = [id(x) for m in model.modules() for x in (*m._modules.values(), *m._parameters.values())]
     plan, sharded = [], any(hasattr(part, "reshard") for part in model.modules())  # by FSDP
+    if value and all(name.split(".")[-1] != value for name, _ in model.named_modules()):
+        raise ValueError(f"no module has the name {value}: give the last word, such as v_proj")
     for name, part in model.named_modules():
         if not isinstance(part, Heads | KnockedLinear):
             continue
@@ -530,11 +532,9 @@ def plan_fold(model: nn.Module, value: str | None, output: str | None) -> list[t
                 raise ValueError(f"{name} has no neighbour {output}, a plain nn.Linear on heads")
         if kinds:
             plan.append((part, wo))
-            changed = (part, part.weight, bias, wo, wo and wo.weight)
-            if any(x is not None and held.count(id(x)) > 1 for x in changed):
-                raise ValueError(f"what {name} folds into is shared: give each layer its own copy")
-            if sharded or any(type(x) is Tensor for x in changed):
-                raise ValueError(f"what {name} folds into is sharded or computed, not a parameter")
+            changed = [x for x in (part, part.weight, bias, wo, wo and wo.weight) if x is not None]
+            if sharded or any(type(x) is Tensor or held.count(id(x)) > 1 for x in changed):
+                raise ValueError(f"what {name} folds into is shared by layers, sharded or computed")
     return plan
 
 

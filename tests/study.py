@@ -476,6 +476,8 @@ class Runner:
     def work(self) -> int:
         """Run until all is done, time is up or a signal comes. Returns the exit code."""
         signals, told = [], 0
+        n_missing = len({job.run.command for job in self.jobs} - self.finished())
+        print(f"{self.name}: {n_missing} runs to do, on {', '.join(self.devices.values())}")
         total = sum(job.tokens(job.settings["steps"]) for job in self.jobs)
         bar = tqdm(total=total, initial=self.tokens_done(), unit="tok", unit_scale=True,
                    smoothing=0, dynamic_ncols=True, disable=None)

@@ -311,6 +311,14 @@ def test_down_of_a_value_knock_vanishes_into_a_plain_output_projection():
         fold(other, "v_proj", "o_proj")
 
 
+@pytest.mark.parametrize("value", ["v", "self_attn.v_proj", "*.v_proj"])
+def test_a_misspelt_value_is_not_folded(value):
+    model = Values()
+    add_random(model, "mlp", "v_proj")
+    with pytest.raises(ValueError, match="no module has the name .* such as v_proj"):
+        fold(model, value, "o_proj")
+
+
 @pytest.mark.parametrize("bias,rows", [(True, slice(None)), (False, slice(48, 72))])
 def test_a_fused_projection_folds_linear_knocks_only(bias, rows):
     model, linear = fused(bias), fused(bias)
@@ -398,7 +406,7 @@ def test_what_layers_share_is_not_folded(what, kind):
     if what in ("weight", "bias"):
         setattr(second.v_proj, what, getattr(first.v_proj, what))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="is shared: give each layer its own copy"):
+    with pytest.raises(ValueError, match="folds into is shared by layers"):
         fold(model, "v_proj", "o_proj")
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 

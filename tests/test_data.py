@@ -661,6 +661,14 @@ def test_a_data_set_that_cannot_be_read(monkeypatch, spec, message):
     assert sorted(os.listdir()) == ["damaged", "empty", "in", "only_test", "scripted"]
 
 
+def test_rows_of_a_data_set_are_read_one_at_a_time():
+    read = []
+    rows = ((i, read.append(i) or {"text": "some"}) for i in range(200))
+    source = documents.Source("hf:some", None, rows)
+    assert next(documents.read_rows(source, "text", LeftOut())).name == "hf:some:0"
+    assert read == [0]
+
+
 def test_duplicates_are_found_without_a_set_in_memory():
     digests, left_out = array("Q"), LeftOut()
     texts = (Document("a", i % 2**16 * 2**47, [b"text"]) for i in range(2**17))
