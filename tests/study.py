@@ -107,7 +107,7 @@ def small(shape: str = "", steps: int = 7630, lr: float = LR) -> str:
 def grid(groups: dict[str, str], kinds: list[str], seeds: Iterable[int]) -> list[Run]:
     """All runs, seed by seed. The runs of a pair stand side by side, to end together.
 
-    Of every second seed the kinds come in reverse, so that no kind always has the same GPU.
+    Of every second seed the kinds come in reverse, so that no kind always comes first.
     """
     runs = []
     for seed in seeds:
