@@ -383,7 +383,7 @@ def main(argv: list[str]) -> None:
     log = Log(train.out, start, writes=rank == 0)
     settings = {"config": asdict(config), "train": asdict(train)}
     settings |= {"tokenizer": meta["tokenizer"], "data": meta["train"]["sha256"]}
-    log.begin(model, settings, device, n_process, start)
+    log.begin(model, settings, device, n_process, start, len(tokens))
 
     def draw(step: int) -> Tensor:
         """This process's micro-batches of an update: (n_micro, micro_batch, T + 1)."""

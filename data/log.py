@@ -122,10 +122,12 @@ class Log:
         self.set_counts(loss, self.spikes + spike, self.skipped + (not finite))
 
     def begin(
-        self, model: Transformer, settings: dict, device: str, n_process: int, start: int
+        self, model: Transformer, settings: dict, device: str, n_process: int, start: int,
+        n_tokens: int,
     ) -> None:
         """Start the clock and the progress, and write the settings if they are not those of the
-        lines so far. `settings` has the fields of both configs and what else stands in line 1."""
+        lines so far. `settings` has the fields of both configs and what else stands in line 1. The
+        training data have `n_tokens`."""
         train, self.device, self.clock = settings["train"], device, Moment(device)
         self.out, self.batch_tokens = train["out"], train["batch_tokens"]
         name = device if not device.startswith("cuda") else torch.cuda.get_device_name(device)
@@ -138,10 +140,11 @@ class Log:
             self.write(**record)
         self.progress = Progress(train["steps"], start, shows=self.file is not None)
         total, active = count_params(model)
+        epochs = train["steps"] * self.batch_tokens / n_tokens
         self.say(
             f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; {train['steps']} steps of"
-            f" {train['batch_tokens']} tokens on {n_process} x {device.split(':')[0]}; data"
-            f" {train['data']}, writing {self.out}"
+            f" {self.batch_tokens} tokens ({epochs:.1f} epochs of {train['data']}) on {n_process} x"
+            f" {device.split(':')[0]}; writing {self.out}"
             + (f", going on after step {start}" if start else "")
         )
 

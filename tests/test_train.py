@@ -53,7 +53,10 @@ def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
     assert evals[-1]["val_bpb"] == pytest.approx(bits / counts["bytes"], rel=1e-6)
     diagonal, rest = evals[-1]["knocks"]["blocks.0.attn.wv.knock.down"]
     assert diagonal == pytest.approx(1, abs=0.3) and rest > 0
-    assert "\na" in capsys.readouterr().out  # the sample, from the prompt on
+    shown = capsys.readouterr().out
+    assert "\na" in shown  # the sample, from the prompt on
+    epochs = 30 * 256 / load_meta(data)["train"]["tokens"]
+    assert f"30 steps of 256 tokens ({epochs:.1f} epochs of {data}) on 1 x" in shown
 
     model, checkpoint = load_checkpoint(out)
     assert checkpoint["step"] == 30 and checkpoint["tokenizer"] == "byte"
@@ -231,7 +234,7 @@ def test_speed_is_tokens_in_a_second_and_the_share_of_all_peaks(tmp_path, monkey
         log.update(step, 0.1, lambda: ([2.0, 1.0, 0, True, False], at(time)))
 
     monkeypatch.setattr("data.log.Moment", lambda device: at(10))
-    log.begin(model, settings, "cuda:0", n_process=2, start=0)
+    log.begin(model, settings, "cuda:0", n_process=2, start=0, n_tokens=1)
     update_ends(1, 10.5)
     update_ends(2, 10.75)
     monkeypatch.setattr("data.log.Moment", lambda device: at(20))
