@@ -74,7 +74,7 @@ class MoE(nn.Module):
     Buffers: `bias` (E,) is added to the scores when experts are chosen, and nowhere else. `load`
     (E,) counts the tokens of each expert in training mode since the last `balance`. With recompute
     it counts each token twice. That changes nothing, because `balance` looks at shares only.
-    torch.autocast would round the router, too: instead, give activations in the dtype you want.
+    Give x in the dtype you want. torch.autocast would round the router to bfloat16, too.
     """
 
     def __init__(self, n_embd: int, d_ff: int, n_expert: int, top_k: int):

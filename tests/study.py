@@ -120,6 +120,7 @@ def grid(groups: dict[str, str], kinds: list[str], seeds: Iterable[int]) -> list
 
 
 DEFAULT = ["none", "mlp on v, no decay"]
+NO_DECAY = ["none", "linear on v, no decay", "mlp on v, no decay"]
 PAIR = ["none", "mlp on v"]
 TYPES = [
     "mlp on v", "linear on v", "gate on v", "linear on q, k, v", "mlp on q, k, v",
@@ -193,8 +194,7 @@ STUDIES = {
     ),
     "sizes": Study(
         "parameters",
-        grid(SIZES, ["none", "linear on v, no decay", "mlp on v, no decay"], range(1, 4))
-        + grid(LARGER, ["none", "linear on v, no decay", "mlp on v, no decay"], range(1, 4)),
+        grid(SIZES, NO_DECAY, range(1, 4)) + grid(LARGER, NO_DECAY, range(1, 4)),
     ),
     "variants": Study(
         "attention",
@@ -477,7 +477,8 @@ class Runner:
         """Run until all is done, time is up or a signal comes. Returns the exit code."""
         signals, told = [], 0
         n_missing = len({job.run.command for job in self.jobs} - self.finished())
-        print(f"{self.name}: {n_missing} runs to do, on {', '.join(self.devices.values())}")
+        print(f"{self.name}: {n_missing} runs to do, on {', '.join(self.devices.values())}",
+              flush=True)
         total = sum(job.tokens(job.settings["steps"]) for job in self.jobs)
         bar = tqdm(total=total, initial=self.tokens_done(), unit="tok", unit_scale=True,
                    smoothing=0, dynamic_ncols=True, disable=None)
