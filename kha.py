@@ -486,7 +486,7 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
     Leave them out if there is more than attention between: a norm (BitNet), a gate (Qwen3-Next).
     Raises ValueError, with nothing changed, for an MLP knock on a projection with bias or on a part
     of its outputs, if `value` is not there or no plain nn.Linear `output` beside it, and for
-    weights that layers share, FSDP has sharded, or pruning or a weight norm computes."""
+    weights that are shared by layers, sharded by FSDP, or computed (pruning, a weight norm)."""
     if isinstance(model, Transformer):
         value, output = ("wv", "wo") if model.config.attention == "gqa" else (None, None)
     for part, wo in plan_fold(model, value, output):  # all checks come before the first change
@@ -534,7 +534,7 @@ def plan_fold(model: nn.Module, value: str | None, output: str | None) -> list[t
             plan.append((part, wo))
             changed = [x for x in (part, part.weight, bias, wo, wo and wo.weight) if x is not None]
             if sharded or any(type(x) is Tensor or held.count(id(x)) > 1 for x in changed):
-                raise ValueError(f"what {name} folds into is shared by layers, sharded or computed")
+                raise ValueError(f"{name} or its W^O is shared, sharded or computed: fold first")
     return plan
 
 
@@ -571,7 +571,7 @@ def check_config(c: Config) -> None:
         (c.head_dim % 2 or c.rope_dim % 2, "head_dim must be even; in gta and mla a multiple of 4"),
         (knocks == {"none"} and c.knock_init == "random", "without knocks set knock_init identity"),
         (c.attention == "gta" and c.knock_k != "none", "gta knocks by knock_v: leave knock_k none"),
-        (mla and knocks - {"none", "linear"}, "mla takes only linear: set knock_v linear or none"),
+        (mla and knocks - {"none", "linear"}, "mla: set knock_q, knock_k, knock_v linear or none"),
         (mla and (c.kv_rank == 0 or c.kv_rank % c.n_kv_head),
          f"mla needs a kv_rank that is a multiple of n_kv_head, not {c.kv_rank}"),
         (not mla and (c.kv_rank or c.q_rank), "kv_rank and q_rank belong to mla: leave them 0"),

@@ -1,10 +1,10 @@
 """The feed-forward part of a block: a dense SwiGLU, or a mixture of SwiGLU experts.
 
-The mixture is the paper's: sigmoid scores, the top k of score + bias. That there is no shared
-expert is our guess, by its printed sizes. No token is dropped. Loss-free balancing moves the bias
-(Wang et al. 2024, arXiv 2408.15664; rule of Su 2025), so no auxiliary loss pulls on the model. Read
-`MoE.forward` from top to bottom: route, sort, two grouped matmuls, un-sort. The letters of shapes
-are those of kha.py.
+The mixture is the paper's: sigmoid scores, the top k of score + bias. It has no shared expert: a
+guess, which fits the sizes that the paper prints. No token is dropped. Loss-free balancing moves
+the bias (Wang et al. 2024, arXiv 2408.15664; rule of Su 2025), so no auxiliary loss pulls on the
+model. Read `MoE.forward` from top to bottom: route, sort, two grouped matmuls, un-sort. The letters
+of shapes are those of kha.py.
 """
 
 import math

@@ -119,8 +119,8 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     configs = {name: CONFIGS[name] | RECIPES[name] for name in CONFIGS}
     options = add_fields("train.py", __doc__, configs, "toy", (Config, TrainConfig))
     options.add_argument("--resume", action="store_true", default=False,
-                         help="go on from the newest checkpoint in --out, if any, with its model:"
-                         " the config named here then only gives the default of --out")
+                         help="go on from the newest checkpoint in --out, if any, with its model"
+                         " and settings; the name of a config then only gives the default --out")
     given = vars(parse_args(options, argv))
     name, resume = given.pop("config"), given.pop("resume")
     shape = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}

@@ -143,7 +143,7 @@ class Log:
         epochs = train["steps"] * self.batch_tokens / n_tokens
         self.say(
             f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; {train['steps']} steps of"
-            f" {self.batch_tokens} tokens ({epochs:.1f} epochs of {train['data']}) on {n_process} x"
+            f" {self.batch_tokens} tokens ({epochs:.3g} epochs of {train['data']}) on {n_process} x"
             f" {device.split(':')[0]}; writing {self.out}"
             + (f", going on after step {start}" if start else "")
         )

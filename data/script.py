@@ -67,8 +67,10 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Nam
     for word in argv[: argv.index("--")] if "--" in argv else argv:
         option = word.split("=")[0]
         if re.fullmatch(r"--?[a-zA-Z]\S*", option) and option not in options:
-            other = "see --help (if it is a value: --option=VALUE)"
-            raise ValueError(f"unknown option {option}: {nearest(option, options, other)}")
+            hint = "" if option.startswith("--") else " (a value needs =, as in --option=-VALUE)"
+            raise ValueError(
+                f"unknown option {option}: {nearest(option, options, 'see --help')}{hint}"
+            )
     args = parser.parse_intermixed_args(argv)
     for name, value in vars(args).items():
         if value == "" and name not in ("prompt", "field"):

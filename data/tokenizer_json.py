@@ -17,8 +17,8 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 END = "<|endoftext|>"  # the token that ends a document
 PIECES = "(?s:.{1,64})"  # a pattern for tokenizers without merges: any pieces will do
-POSSESSIVE = re.compile(r"(\{\d+(?:,\d*)?\})\+")  # \p{N}{1,3}+ means more than {1,3} to tokenizers
-WORDS = re.compile(r"\\[wWbB]")  # to tokenizers ½ is of a word, to tiktoken U+200D
+POSSESSIVE = re.compile(r"(\{\d+(?:,\d*)?\})\+")  # \p{N}{1,3}+ tokenizers takes it for more
+WORDS = re.compile(r"\\[wWbB]")  # tokenizers counts ½ to a word, tiktoken U+200D
 
 
 def byte_letters() -> list[str]:

@@ -121,8 +121,8 @@ def load_meta(folder: str) -> dict[str, Any]:
     path = Path(folder, "meta.json")
     if not path.is_file():
         if Path(folder).is_file():
-            raise FileNotFoundError(f"{folder} is no folder of prepared data: to make one run "
-                                    f"python data/prepare.py {folder} --out data/mine")
+            raise FileNotFoundError(f"{folder} is a file: name a folder that data/prepare.py made "
+                                    "(python data/prepare.py my_texts --out data/mine makes one)")
         raise FileNotFoundError(f"no prepared data in {folder}: run python data/prepare.py --out "
                                 f"{folder} (your own texts, if any, go before --out)")
     try:

@@ -477,7 +477,8 @@ class Runner:
         """Run until all is done, time is up or a signal comes. Returns the exit code."""
         signals, told = [], 0
         n_missing = len({job.run.command for job in self.jobs} - self.finished())
-        print(f"{self.name}: {n_missing} runs to do, on {', '.join(self.devices.values())}",
+        names = sorted({*self.devices.values()})
+        print(f"{self.name}: runs to do: {n_missing}, on {len(self.devices)} x {', '.join(names)}",
               flush=True)
         total = sum(job.tokens(job.settings["steps"]) for job in self.jobs)
         bar = tqdm(total=total, initial=self.tokens_done(), unit="tok", unit_scale=True,

@@ -311,7 +311,7 @@ def test_down_of_a_value_knock_vanishes_into_a_plain_output_projection():
         fold(other, "v_proj", "o_proj")
 
 
-@pytest.mark.parametrize("value", ["v", "self_attn.v_proj", "*.v_proj"])
+@pytest.mark.parametrize("value", ["v", "proj", "self_attn.v_proj", "*.v_proj"])
 def test_a_misspelt_value_is_not_folded(value):
     model = Values()
     add_random(model, "mlp", "v_proj")
@@ -406,7 +406,7 @@ def test_what_layers_share_is_not_folded(what, kind):
     if what in ("weight", "bias"):
         setattr(second.v_proj, what, getattr(first.v_proj, what))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="folds into is shared by layers"):
+    with pytest.raises(ValueError, match="is shared, sharded or computed"):
         fold(model, "v_proj", "o_proj")
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
@@ -442,6 +442,8 @@ def test_a_weight_that_is_computed_is_not_folded_into(compute, name, kind):
         (("mlp", "?", 8), "0 is a Values, not an nn.Linear"),
         (("mlp", "*.v_proj", 7), "outputs 0:16:1 of 0.v_proj are no heads of 7"),
         (("mlp", "*.v_proj", None), "outputs 0:16:1 of 0.v_proj are no heads of None"),
+        (("mlp", "*.v_proj", 0), "are no heads of 0"),
+        (("mlp", "*.v_proj", -8), "are no heads of -8"),
         (("linear", "*.v_proj", 8, slice(16, 24)), "outputs 16:16:1 of"),
         (("linear", "*.v_proj", 8, slice(0, 16, 2)), "outputs 0:16:2 of .* are no heads of 8"),
         (("linear", "*.o_proj", 8), "0.o_proj knocks already"),

@@ -100,7 +100,7 @@ def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
     output = capsys.readouterr().out
     (line,) = [line for line in output.splitlines() if line.startswith("failed")]
     assert fails.command in line and "batch_tokens must be a multiple of" in line
-    assert "4 runs to do, on " in output and "3 of 4 runs are done, 1 failed" in output
+    assert "runs to do: 4, on 1 x CPU" in output and "3 of 4 runs are done, 1 failed" in output
 
     diverged, first, last = results
     assert first["seed"] == 1 and first["tokens"] == 20 * 256 and first["gpu"] == "CPU"
@@ -126,6 +126,7 @@ def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
     n_runs = len(records())
     code, again = work(monkeypatch, data, runs)
     assert code == 1 and again == results and len(records()) == n_runs + 1
+    assert "runs to do: 1, on" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_leaves_no_line_and_goes_on(start_study, data, monkeypatch):

@@ -56,7 +56,7 @@ def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "\na" in shown  # the sample, from the prompt on
     epochs = 30 * 256 / load_meta(data)["train"]["tokens"]
-    assert f"30 steps of 256 tokens ({epochs:.1f} epochs of {data}) on 1 x" in shown
+    assert f"30 steps of 256 tokens ({epochs:.3g} epochs of {data}) on 1 x" in shown
 
     model, checkpoint = load_checkpoint(out)
     assert checkpoint["step"] == 30 and checkpoint["tokenizer"] == "byte"
@@ -220,7 +220,7 @@ def test_the_seed_decides_the_start_and_the_batches(data, tmp_path, monkeypatch)
     assert set(seeds[:-2]) == {7} and set(seeds[-2:]) == {8}  # each run draws one batch ahead
 
 
-def test_speed_is_tokens_in_a_second_and_the_share_of_all_peaks(tmp_path, monkeypatch):
+def test_speed_is_tokens_in_a_second_and_the_share_of_all_peaks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
     config, settings, _ = parse_config([*SHORT, "--out", str(tmp_path)])
@@ -234,7 +234,9 @@ def test_speed_is_tokens_in_a_second_and_the_share_of_all_peaks(tmp_path, monkey
         log.update(step, 0.1, lambda: ([2.0, 1.0, 0, True, False], at(time)))
 
     monkeypatch.setattr("data.log.Moment", lambda device: at(10))
-    log.begin(model, settings, "cuda:0", n_process=2, start=0, n_tokens=1)
+    log.begin(model, settings, "cuda:0", n_process=2, start=1, n_tokens=1000)
+    epochs = settings["train"]["steps"] * 256 / 1000
+    assert f"({epochs:.3g} epochs of" in capsys.readouterr().out
     update_ends(1, 10.5)
     update_ends(2, 10.75)
     monkeypatch.setattr("data.log.Moment", lambda device: at(20))
@@ -470,13 +472,14 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
         ("--n_kv_head 3", "n_head must be a multiple of n_kv_head"),
         ("--data DATA --batch_tokens 1024",
          "8 * 256 * 1 = 2048, not 1024: add --micro_batch 4 or --batch_tokens 2048"),
+        ("--data DATA --batch_tokens 32", "2048, not 32: add --batch_tokens 2048"),
         ("--balance rsm", "balance must be one of rms, sign"),
         ("--device tpu", "device 'tpu' is not available"),
         ("--data DATA --vocab_size 100",
          "a vocabulary of 257 (byte), more than the model's 100: add --vocab_size 320"),
         ("--data DATA --eval_tokens 16", "eval_tokens must be at least block_size, 256, not 16"),
         ("--data nowhere", "no prepared data in nowhere"),
-        (f"--data {__file__}", "to make one run python data/prepare.py"),
+        (f"--data {__file__}", "is a file: name a folder that data/prepare.py made"),
         ("--data DATA --out RUN", "holds a run already: add --resume"),
         ("--out BROKEN --resume", "damaged"),
         ("--out RUN --resume --n_layer 3",
