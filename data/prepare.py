@@ -19,8 +19,8 @@ validation, but at least 1025 (of a text with fewer than 2050 tokens a quarter),
 documents if possible: see data/split.py.
 
 Duplicate and empty documents are dropped. Hidden files are skipped, so are bad rows (more than 1%
-of them are an error) and files without text in a folder. A row must fit in memory.
-However long other texts are, about 40 bytes are held for each document and 1 kB for each file.
+of them are an error) and files without text in a folder. A row must fit in memory. However long
+other texts are, about 40 bytes are held for each document and 1 kB for each file.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 END = "<|endoftext|>"  # the token that ends a document
 PIECES = "(?s:.{1,64})"  # a pattern for tokenizers without merges: any pieces will do
-POSSESSIVE = re.compile(r"(\{\d+(?:,\d*)?\})\+")  # \p{N}{1,3}+ tokenizers takes it for more
+POSSESSIVE = re.compile(r"(\{\d+(?:,\d*)?\})\+")  # tokenizers reads \p{N}{1,3}+ as more
 WORDS = re.compile(r"\\[wWbB]")  # tokenizers counts ½ to a word, tiktoken U+200D
 
 
