@@ -476,8 +476,8 @@ class Runner:
     def work(self) -> int:
         """Run until all is done, time is up or a signal comes. Returns the exit code."""
         signals, told = [], 0
-        n_missing = len({job.run.command for job in self.jobs} - self.finished())
-        names = sorted({*self.devices.values()})
+        commands = {job.run.command for job in self.jobs}
+        n_missing, names = len(commands - self.finished()), sorted({*self.devices.values()})
         print(f"{self.name}: runs to do: {n_missing}, on {len(self.devices)} x {', '.join(names)}",
               flush=True)
         total = sum(job.tokens(job.settings["steps"]) for job in self.jobs)
@@ -503,7 +503,7 @@ class Runner:
                     bar.update(self.tokens_done() - bar.n)
             finally:
                 self.stop()  # nothing runs now, except after an error
-        n_done = len({job.run.command for job in self.jobs} & self.finished())
+        n_done = len(commands & self.finished())
         print(f"{self.name}: {n_done} of {len(self.jobs)} runs are done, {self.n_failed} failed")
         if signals:
             return 128 + signals[0]
