@@ -22,13 +22,16 @@ def test_the_reading_guide_names_what_is_there(name, file):
 def test_the_differences_in_the_table_are_those_of_the_study():
     difference = r"[+−]\d\.\d+ ± \d\.\d+"
     results = (ROOT / "tests" / "results" / "README.md").read_text()
-    tokens, kv_heads, types = (
+    sizes, tokens, kv_heads, types = (
         results.split(f"<!-- study {name} -->")[1].split("<!-- end -->")[0]
-        for name in ("tokens", "kv_heads", "types")
+        for name in ("sizes", "tokens", "kv_heads", "types")
     )
-    for table, group in ((tokens, r"runs of (\w+) bytes"), (kv_heads, r"(\d+) of 12")):
-        rows = re.findall(rf"^\| (\w+) \| mlp on v .* ({difference}) \|", table, re.M)
-        assert re.findall(rf"{group}: ({difference})", README) == rows
+    groups = {r"(\d+M of \d+M|\d+M, dense)": sizes, r"runs of (\w+) bytes": tokens,
+              r"(\d+) of 12": kv_heads}  # fmt: skip
+    for group, table in groups.items():
+        row = rf"^\| (\w[^|]*) \| mlp on v(?:, no decay)? \| .* ({difference}) \|"
+        rows = re.findall(row, table, re.M)
+        assert sorted(re.findall(rf"{group}: ({difference})", README)) == sorted(rows)
     shown = re.findall(rf"((?:mlp|gate|linear) on [^:;|]+): ({difference})", README)
     shown.append(("mlp on v", re.search(rf"250M bytes: ({difference})", README)[1]))
     rows = re.findall(rf"^\| (\w+ on .+?) \| .* ({difference}) \| \d+ \|$", types, re.M)
