@@ -354,8 +354,8 @@ def check_run(config: Config, train: TrainConfig, checkpoint: dict | None, devic
     if train.eval_tokens < T:
         raise ValueError(f"eval_tokens must be at least block_size, {T}, not {train.eval_tokens}")
     if start > train.steps:
-        raise ValueError(f"the run in {train.out} has done {start} steps: give more than --steps"
-                         f" {train.steps}")
+        raise ValueError(f"the run in {train.out} has done {start} steps, more than --steps"
+                         f" {train.steps}: give --steps {start + 1} or more")
     if checkpoint and checkpoint.get("data", data_hash) != data_hash:
         raise ValueError(f"{data} is not the data that the run in {train.out} was trained on: name"
                          " that with --data")
