@@ -525,7 +525,7 @@ def plan_fold(model: nn.Module, value: str | None, output: str | None) -> list[t
         kinds, wo = {knock.kind for knock in knocks} - {"none", "folded"}, None
         bias, whole = getattr(part, "bias", None), [(0, len(part.weight))]
         if kinds - {"linear"} and (bias is not None or getattr(part, "rows", whole) != whole):
-            raise ValueError(f"cannot fold the MLP knock of {name}: it has a bias or idle outputs")
+            raise ValueError(f"cannot fold {name}: its MLP knock must be on all outputs, no bias")
         if "mlp" in kinds and name.split(".")[-1] == value:
             wo = getattr(model.get_submodule(name.rpartition(".")[0]), output or "", None)
             if type(wo) not in (nn.Linear, Linear) or wo.in_features % len(part.weight):

@@ -325,7 +325,7 @@ def test_a_fused_projection_folds_linear_knocks_only(bias, rows):
     add_knocks(model, "mlp", "0", 8, rows)
     with pytest.raises(ValueError, match="knocks already"):
         add_knocks(model, "mlp", "0", 8, slice(48, 56))
-    with pytest.raises(ValueError, match="cannot fold the MLP knock of 0"):
+    with pytest.raises(ValueError, match="cannot fold 0: its MLP knock"):
         fold(model)
     add_random(linear, "linear", "0", 8, rows)
     knocked = linear(X)
@@ -338,7 +338,7 @@ def test_a_fold_that_fails_changes_nothing():
     add_random(model, "linear", rows=slice(0, 8))  # these would fold
     add_random(model, "mlp", "1.v_proj", rows=slice(8, 16))
     before = model(X)
-    with pytest.raises(ValueError, match="cannot fold the MLP knock of 1.v_proj"):
+    with pytest.raises(ValueError, match="cannot fold 1.v_proj: its MLP knock"):
         fold(model, value="v_proj", output="o_proj")
     assert torch.equal(model(X), before)
 
