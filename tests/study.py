@@ -252,7 +252,7 @@ class Job:
 
     def release(self) -> None:
         """Give up the claim on a run that is finished."""
-        os.remove(self.lock.name)
+        Path(self.lock.name).unlink(missing_ok=True)  # who had it before may have removed it
         self.lock.close()
 
     def begin(self, device: str, data: str, keep: bool) -> None:

@@ -263,6 +263,15 @@ def test_the_same_run_twice_is_named():
         report.read_results(Path("."))
 
 
+def test_a_claim_on_a_lock_that_was_removed_can_be_released():
+    first, second = (study.Job(report.Run("", "none", 1, "toy"), {}, Path("run")) for _ in "12")
+    assert first.claim()
+    second.lock = open("run.lock", "w")  # between the first one's last write and its release
+    first.release()
+    second.release()
+    assert not Path("run.lock").exists()
+
+
 def test_a_full_disk_leaves_the_results_whole():
     report.append_result(Path("some.jsonl"), {"run": "toy", "data": "abc"})
     before = Path("some.jsonl").read_bytes()
