@@ -590,11 +590,13 @@ def main(argv: list[str]) -> None:
                          "python tests/study.py plot out/a out/b")
     if not args.minutes > 0:
         raise ValueError(f"--minutes must be above 0, not {args.minutes:g}")
-    if args.study == "plot":
-        ignored = vars(args).keys() - {"study", "folders"}
-        for option in sorted(ignored):
+    plots, reports = args.study == "plot", args.table or args.update  # these do no runs
+    if plots or reports:
+        used = {"study", "folders"} if plots else {"study", "folders", "table", "update", "results"}
+        for option in sorted(vars(args).keys() - used):
             if getattr(args, option) != parser.get_default(option):
-                raise ValueError(f"plot takes folders alone: leave out --{option}")
+                raise ValueError(f"--{option} changes nothing here: leave it out")
+    if plots:
         draw_runs(args.folders)
     elif args.table:
         print(report(args.study, STUDIES[args.study], existing_results(args.results)), end="")

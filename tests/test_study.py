@@ -293,7 +293,9 @@ def test_a_wrong_option_shows_before_the_first_run(data, monkeypatch):
         ("toy --minutes 0", "--minutes must be above 0, not 0"),
         ("toy --update", "no results in empty"),
         ("toy --table", "no results in empty"),
-        ("plot out/a", "plot takes folders alone: leave out --results"),
+        ("plot out/a", "--results changes nothing here: leave it out"),
+        ("toy --table --minutes 9", "--minutes changes nothing here: leave it out"),
+        ("toy --update --keep", "--keep changes nothing here: leave it out"),
         ("toy out/a", "only plot takes any"),
     ],
 )
