@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from data.checkpoint import load_checkpoint
-from data.device import can_capture, capture, pick_device
+from data.device import Moment, can_capture, capture, pick_device
 from data.evaluation import bits_per_byte, evaluate
 from data.hf import export_hf
 from data.script import parse_args, run_script
@@ -167,11 +167,9 @@ def generate(
         position.add_(1)
 
     ended, n_step = [False] * n_samples, 0
-    on_gpu = device.type == "cuda"
     for i in range(max_new_tokens):
-        new = tokens.to("cpu", non_blocking=on_gpu, copy=True)
-        if on_gpu:
-            arrived = torch.cuda.current_stream().record_event()
+        new = tokens.to("cpu", non_blocking=tokens.is_cuda, copy=True)
+        arrived = Moment(str(device))
         if i + 1 < max_new_tokens:  # the device goes on while this token is read
             if used == length:
                 used = max(1, length // 2)
@@ -185,11 +183,9 @@ def generate(
                     step = capture(step, generator)
                 step()
                 used, n_step = used + 1, n_step + 1
-        if on_gpu:
-            arrived.synchronize()
-        new = new.tolist()
-        ended = [end or token == eot for token, end in zip(new, ended, strict=True)]
-        yield [None if end else token for token, end in zip(new, ended, strict=True)]
+        arrived.wait()
+        ended = [end or token == eot for token, end in zip(new.tolist(), ended, strict=True)]
+        yield [None if end else token for token, end in zip(new.tolist(), ended, strict=True)]
         if all(ended):
             return
 
