@@ -139,7 +139,7 @@ def generate(
             "temperature and top_k must not be negative, and top_p must be above 0 and at most 1"
         )
     prompt = prompt[-config.block_size :]
-    used, length = len(prompt), min(config.block_size, len(prompt) + max_new_tokens)
+    length = min(config.block_size, len(prompt) + max_new_tokens)
     generator = torch.Generator(device).manual_seed(seed)
     draw = partial(
         sample_logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
@@ -148,16 +148,17 @@ def generate(
     texts = torch.zeros(n_samples, length, dtype=torch.long, device=device)  # what the cache holds
 
     def read(start: Tensor) -> Tensor:
-        """Let the cache hold start (B, T), and return the logits after it: (B, V)."""
+        """Begin the cache with start (B, T); returns the logits of the next token, (B, V)."""
         with torch.compiler.set_stance("force_eager"):  # each T would be compiled for itself
             return model(start, cache=cache)[:, -1, :n_vocab]
 
+    n_cached = len(prompt)  # on the device: position
     start = torch.tensor([prompt], device=device)
-    texts[:, :used] = start
+    texts[:, :n_cached] = start
     logits = read(start)  # (1, V)
     cache.repeat(n_samples)
     tokens = draw(logits.repeat(n_samples, 1))  # (B,)
-    position = torch.tensor([used], device=device)
+    position = torch.tensor([n_cached], device=device)
 
     def step() -> None:
         """Put the drawn tokens into the cache, and draw the next."""
@@ -171,18 +172,18 @@ def generate(
         new = tokens.to("cpu", non_blocking=tokens.is_cuda, copy=True)
         arrived = Moment(str(device))
         if i + 1 < max_new_tokens:  # the device goes on while this token is read
-            if used == length:
-                used = max(1, length // 2)
-                rest = texts[:, length - used + 1 :]  # one token less: the new one comes after it
-                start = torch.cat((rest, tokens[:, None]), dim=1)  # (B, used)
-                texts[:, :used] = start
+            if n_cached == length:
+                n_cached = max(1, length // 2)
+                rest = texts[:, length - n_cached + 1 :]  # one token less: the new one comes too
+                start = torch.cat((rest, tokens[:, None]), dim=1)  # (B, n_cached)
+                texts[:, :n_cached] = start
                 tokens.copy_(draw(read(start)))
-                position.fill_(used)
+                position.fill_(n_cached)
             else:
                 if n_step == 1 and can_capture(model):  # it has run once, as `capture` needs
                     step = capture(step, generator)
                 step()
-                used, n_step = used + 1, n_step + 1
+                n_cached, n_step = n_cached + 1, n_step + 1
         arrived.wait()
         ended = [end or token == eot for token, end in zip(new.tolist(), ended, strict=True)]
         yield [None if end else token for token, end in zip(new.tolist(), ended, strict=True)]
