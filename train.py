@@ -129,7 +129,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
         check_new(settings["out"])
     elif saved := list_to_resume(settings["out"]):
         checkpoint = read_newest(saved)
-        if checkpoint["format"] != FORMAT and any("knock." in name for name in checkpoint["model"]):
+        if checkpoint["format"] != FORMAT and any("knock." in key for key in checkpoint["model"]):
             raise ValueError(f"the run in {settings['out']} is of an older version, in which knocks"
                              " decay: sample from it, or start a new run from it with --init")
         try:
@@ -393,7 +393,7 @@ def main(argv: list[str]) -> None:
 
     step_once = partial(update, model, wrapped, optimizer, train)
     waiting, stopping = deque(), False
-    reserves = rank == 0 and train.save_every and start < train.steps  # memory: see Saver
+    reserves = rank == 0 and train.save_every and start < train.steps  # takes memory now: see Saver
     saver = Saver(train.out, start, meta["val"]["tokens"], model if reserves else None)
     with Signals() as signals, advice_on_memory(config, train, n_process), saver:
         micros = draw(start)
