@@ -121,11 +121,11 @@ class Knock(nn.Module):
 class Heads(nn.Module):
     """W^Q, W^K or W^V (eq. 1-3) and its knock: x (B, T, n_in) -> heads (B, T, H, D), knocked."""
 
-    def __init__(self, n_in: int, n_head: int, head_dim: int, knock: str = "none"):
+    def __init__(self, n_in: int, n_head: int, head_dim: int, kind: str = "none"):
         super().__init__()
         # As in nn.Linear: rows i * D to (i + 1) * D are the transposed W_i of head i.
         self.weight = nn.Parameter(torch.empty(n_head * head_dim, n_in))
-        self.knock = Knock(knock, head_dim)
+        self.knock = Knock(kind, head_dim)
 
     def absorbed_weight(self, dtype: torch.dtype) -> Tensor:
         """W_i for every head i; with a linear knock W_i T (eq. 8): (H * D, n_in)."""
@@ -185,9 +185,9 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale=None) -> Tensor:
-    """O_i of eq. 4 for each head, softmax(scale q k^T) v: q (B, T, H, D), k, v (B, S, H_kv, D) ->
-    (B, T, H, D). H / H_kv query heads share a key/value head. scale: 1 / sqrt(width of q) if None.
-    Causal without a mask (T, S): a token sees itself and what is before it. MLA's v is narrower."""
+    """O_i of eq. 4 for each head, softmax(scale q k^T) v: q (B, T, H, D) -> (B, T, H, D), with k, v
+    (B, S, H_kv, D). H / H_kv query heads share a key/value head. scale None: 1 / sqrt(width of q).
+    mask None: a token sees itself and all before it. In MLA v, and so the output, is narrower."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T or S, D)
     if mask is not None:
         return attend_with_mask(q, k, v, mask, scale).transpose(1, 2)  # (B, T, H, D)
@@ -206,7 +206,7 @@ class GQA(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         C, D = config.n_embd, config.head_dim
-        self.wo = Linear(config.n_head * D, C)  # first: a seed's weights depend on this order
+        self.wo = Linear(config.n_head * D, C)  # first: the order decides each one's random start
         self.wq = Heads(C, config.n_head, D, config.knock_q)
         self.wk = Heads(C, config.n_kv_head, D, config.knock_k)
         self.wv = Heads(C, config.n_kv_head, D, config.knock_v)
@@ -427,9 +427,9 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
     with a name that matches the fnmatch `pattern`, such as "*.v_proj". Its heads (head_dim outputs
     each, one after another) share one knock. With `rows` only these outputs have it: for nanoGPT's
     values slice(2 * n_embd, 3 * n_embd); GPT-NeoX's are no slice. Knocks start as the identity, in
-    float32 or wider; bfloat16 rounds 1 + lr to 1. Returns them by projection. Raises ValueError
-    if one cannot be knocked. Call it before DDP and FSDP, which miss new parameters. To load: make
-    the base model, add knocks, then load_state_dict. With LoRA on linear ones: fold, then merge."""
+    float32 or wider: in bfloat16 a small step from 1 is lost. Returns them by projection. Raises
+    ValueError if one cannot be knocked. Call it before DDP and FSDP, which miss new parameters. To
+    load: the base model, add_knocks, load_state_dict. With LoRA on linear: fold, then merge."""
     if isinstance(model, Transformer):
         raise ValueError("ours have their knocks by Config: set knock_q, knock_k, knock_v")
     if kind not in ("linear", "mlp"):
@@ -481,9 +481,9 @@ class FoldedGate(nn.Module):
 def fold(model: nn.Module, value: str | None = None, output: str | None = None) -> nn.Module:
     """Fold the knocks of a trained model into its weights, in place; returns it. Its outputs stay
     the same. T goes into W^Q, W^K, W^V (eq. 8), and so do W^up and W^gate; a `FoldedGate` remains.
-    If the heads are only values, W^down goes into W^O, as attention is linear in them. For a model
-    that is not ours, `value` and `output` name the two nn.Linear, such as "v_proj" and "o_proj".
-    Leave them out if there is more than attention between: a norm (BitNet), a gate (Qwen3-Next).
+    Where heads serve as values alone, W^down goes into W^O: attention is linear in values. For a
+    model that is not ours, `value` and `output` name the two nn.Linear, "v_proj" and "o_proj" say.
+    Leave both out if more than attention is between them: a norm (BitNet), a gate (Qwen3-Next).
     Raises ValueError, with nothing changed, for an MLP knock on a projection with bias or on a part
     of its outputs, if `value` is not there or no plain nn.Linear `output` beside it, and for
     weights that are shared by layers, sharded by FSDP, or computed (pruning, a weight norm)."""

@@ -294,13 +294,13 @@ class UnsharedHeads(Heads):
     ValueError for linear knocks, which are not in the forward pass: ours multiplies them into the
     weights."""
 
-    def __init__(self, n_in: int, n_head: int, head_dim: int, knock: str = "none"):
+    def __init__(self, n_in: int, n_head: int, head_dim: int, kind: str = "none"):
         super().__init__(n_in, n_head, head_dim)
-        if knock == "linear":
+        if kind == "linear":
             raise ValueError("unshared has no linear knocks: use mlp or gate")
-        n_knock = 0 if knock == "none" else n_head
+        n_knock = 0 if kind == "none" else n_head
         # The names end as ours do, so init_weights knows them.
-        own = [nn.ModuleDict({"knock": Knock(knock, head_dim)}) for _ in range(n_knock)]
+        own = [nn.ModuleDict({"knock": Knock(kind, head_dim)}) for _ in range(n_knock)]
         self.own = nn.ModuleList(own)
 
     def forward(self, x: Tensor) -> Tensor:
