@@ -432,8 +432,8 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
     load: the base model, add_knocks, load_state_dict. With LoRA on linear: fold, then merge."""
     if isinstance(model, Transformer):
         raise ValueError("ours have their knocks by Config: set knock_q, knock_k, knock_v")
-    if kind not in ("linear", "mlp"):
-        raise ValueError(f"kind must be linear or mlp, not {kind!r}")
+    if kind not in ("linear", "mlp") or not isinstance(head_dim, int):
+        raise ValueError(f"kind must be linear or mlp, head_dim an int, not {kind!r}, {head_dim!r}")
     matches = {}  # of a module with several names the first counts
     for name, part in model.named_modules(remove_duplicate=False):
         if fnmatch.fnmatchcase(name, pattern):
@@ -447,7 +447,7 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
         if "forward" in vars(part) or type(part.weight) not in (nn.Parameter, Tensor):
             raise ValueError(f"{name} is sharded or has a forward of its own: add knocks first")
         start, stop, step = rows.indices(part.out_features)
-        if step != 1 or start >= stop or not head_dim or head_dim < 1 or (stop - start) % head_dim:
+        if step != 1 or start >= stop or head_dim < 1 or (stop - start) % head_dim:
             raise ValueError(f"outputs {start}:{stop}:{step} of {name} are no heads of {head_dim}")
         if any(a < stop and start < b for a, b in getattr(part, "rows", ())):
             raise ValueError(f"{name} knocks already")

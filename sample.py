@@ -121,7 +121,8 @@ def generate(
 
     The model sees at most its context, block_size tokens; of a longer prompt it sees the end. When
     a text fills the context, its last half becomes the start of the cache and writing goes on.
-    Raises ValueError, before anything is computed, for an impossible prompt or option.
+    Call model.eval() first, or a mixture counts these tokens into its load. Raises ValueError,
+    before anything is computed, for an impossible prompt or option.
     """
     config, device = model.config, model.embed.weight.device
     if not prompt:

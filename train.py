@@ -125,9 +125,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     name, resume = given.pop("config"), given.pop("resume")
     shape = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}
     settings = {"out": f"out/{name}", **RECIPES[name], **given}
-    if not resume:
-        check_new(settings["out"])
-    elif saved := list_to_resume(settings["out"]):
+    if resume and (saved := list_to_resume(settings["out"])):
         checkpoint = read_newest(saved)
         if checkpoint["format"] != FORMAT and any("knock." in key for key in checkpoint["model"]):
             raise ValueError(f"the run in {settings['out']} is of an older version, in which knocks"
@@ -147,13 +145,18 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
                                  f" {fixed[field]!r}: leave it out")
         warn_of_a_jump(before, train, checkpoint["step"])
         return config, train, checkpoint
-    if settings.get("init"):
-        if os.path.exists(os.path.join(settings["init"], "config.json")):
-            config, checkpoint = start_from_hf(settings["init"], shape)
-        else:
-            config, checkpoint = start_from(settings["init"], shape)
-        return config, TrainConfig(**settings), checkpoint
-    return Config(**{**CONFIGS[name], **shape}), TrainConfig(**settings), None
+    train = TrainConfig(**settings)
+    if train.init and os.path.exists(os.path.join(train.init, "config.json")):
+        config, checkpoint = start_from_hf(train.init, shape)
+    elif train.init.endswith(".safetensors"):
+        raise ValueError(f"--init {train.init} is a file: name the folder that it is in")
+    elif train.init:
+        config, checkpoint = start_from(train.init, shape)
+    else:
+        config, checkpoint = Config(**{**CONFIGS[name], **shape}), None
+    if not resume:
+        check_new(train.out)
+    return config, train, checkpoint
 
 
 def warn_of_a_jump(before: TrainConfig, after: TrainConfig, step: int) -> None:
@@ -356,6 +359,8 @@ def check_run(config: Config, train: TrainConfig, checkpoint: dict | None, devic
     if start > train.steps:
         raise ValueError(f"the run in {train.out} has done {start} steps, more than --steps"
                          f" {train.steps}: give --steps {start + 1} or more")
+    if os.path.realpath(train.out) == os.path.realpath(data):
+        raise ValueError(f"{data} holds the data: choose another --out")
     if checkpoint and checkpoint.get("data", data_hash) != data_hash:
         raise ValueError(f"{data} is not the data that the run in {train.out} was trained on: name"
                          " that with --data")

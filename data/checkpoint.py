@@ -110,6 +110,11 @@ class Saver:
         if model is not None:
             weights = sharded.get_model_state_dict(model)
             shapes = {name: (w.shape, w.dtype) for name, w in weights.items()}
+            size = 3 * sum(w.numel() * w.element_size() for w in weights.values())  # with moments
+            free = shutil.disk_usage(folder).free
+            if not start and free < 4 * size:  # the last two, the best, and one that is not whole
+                print(f"train.py: warning: {folder} has room for {free / 1e9:.2f} GB, and up to"
+                      f" four checkpoints of {size / 1e9:.2f} GB need it at once", file=sys.stderr)
             self.work = self.thread.submit(self.reserve, shapes)
 
     def collect(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -194,7 +199,7 @@ def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
         if not isinstance(error, OSError):
             reason = f"as on a full disk: {reason}"
         raise OSError(
-            f"cannot save to {folder} ({reason}): the earlier checkpoints there stand"
+            f"cannot save to {folder} ({reason}): {way_on(folder)}"
         ) from error
     os.replace(temporary, os.path.join(folder, name))
     sync_names(folder)  # before an old file goes
@@ -244,6 +249,13 @@ def list_to_resume(folder: str) -> list[str]:
     if os.path.isfile(best):
         paths.append(best)
     return paths
+
+
+def way_on(folder: str) -> str:
+    """What the user of a run can do after its folder could not be written to."""
+    if list_to_resume(folder):
+        return "mend that, and --resume goes on from the checkpoints there"
+    return "mend that and start again, for no checkpoint was saved yet"
 
 
 def check_none_newer(folder: str, step: int) -> None:

@@ -26,7 +26,7 @@ from contextlib import suppress
 import torch
 from tqdm import tqdm
 
-from data.checkpoint import check_none_newer, list_checkpoints, list_to_resume
+from data.checkpoint import check_none_newer, list_checkpoints, list_to_resume, way_on
 from data.device import Moment
 from data.figures import PEAK_FLOPS, count_params, flops_per_token, of_gpu
 from data.script import naming
@@ -219,7 +219,7 @@ class Log:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             reason = f"cannot write {self.file.name} ({error.strerror})"
-            raise OSError(f"{reason}: the checkpoints beside it stand") from error
+            raise OSError(f"{reason}: {way_on(os.path.dirname(self.file.name))}") from error
 
 
 def check_new(out: str) -> None:

@@ -26,7 +26,8 @@ def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, dw):
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """The mean cross-entropy, some tokens at a time: logits (N, V) never exist whole. They are not
-    made twice either, because each chunk's gradients are taken together with its loss."""
+    made twice either, because each chunk's gradients are taken together with its loss. There is no
+    second derivative."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, one_chunk, with_gradients):

@@ -582,7 +582,7 @@ def main(argv: list[str]) -> None:
                         help="folder of the results (default: tests/results)")
     parser.add_argument("--data", help="folder made by data/prepare.py (default: data/studies, or"
                         " data/studies_gpt2 for time_to_loss; it is made if it is not there)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="end in so many minutes")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end after so many minutes")
     parser.add_argument("--keep", action="store_true", help="keep what finished runs wrote")
     args = parse_args(parser, argv)
     if (args.study == "plot") != bool(args.folders):

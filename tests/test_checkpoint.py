@@ -104,7 +104,7 @@ def test_on_a_disk_without_second_names_the_best_is_a_whole_copy(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(OSError, match="No space left .*: the earlier checkpoints there stand"):
+    with pytest.raises(OSError, match="No space left .*: mend that, and --resume goes on"):
         save_checkpoint(tmp_path, tiny_checkpoint(2)[1], best=True)
     assert names(tmp_path) == ["best.pt", "step-00000001.pt"]
     assert (tmp_path / "best.pt").read_bytes() == before
@@ -169,6 +169,20 @@ def test_all_checkpoints_are_copied_into_memory_that_is_made_at_the_start(tmp_pa
     assert equal_weights(second["model"], model.state_dict())
     for name, p in model.named_parameters():
         assert equal_weights(second["optimizer"]["state"][name], optimizer.state[p])
+
+
+@pytest.mark.parametrize("start,n_fit,warns", [(0, 3, True), (0, 5, False), (9, 3, False)])
+def test_a_new_run_on_a_small_disk_is_told_so(
+    tmp_path, monkeypatch, capsys, start, n_fit, warns
+):
+    model, _ = trained_once()
+    size = 12 * sum(w.numel() for w in model.state_dict().values())
+    usage = shutil.disk_usage(tmp_path)._replace(free=n_fit * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with Saver(tmp_path, start, held_out=8, model=model):
+        pass
+    warning = capsys.readouterr().err
+    assert (f"has room for {usage.free / 1e9:.2f} GB, and up to four" in warning) == warns
 
 
 def test_only_the_first_process_keeps_a_copy(monkeypatch):

@@ -366,7 +366,7 @@ def test_a_disk_full_while_saving_leaves_the_earlier_checkpoint(whole, halves, d
         done = run_here(main, *args)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"error: cannot save to {halves}" in done.stderr
-    assert "the earlier checkpoints there stand" in done.stderr
+    assert "mend that, and --resume goes on from the checkpoints there" in done.stderr
     assert names(halves) == ["best.pt", "log.jsonl", "step-00000020.pt"]
     main(args)
     assert_same_run(whole, halves)
@@ -379,6 +379,7 @@ def test_a_disk_full_while_logging_leaves_half_a_line_at_most(whole, halves, dat
         done = run_here(main, *args)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"error: cannot write {halves}/log.jsonl" in done.stderr
+    assert "--resume goes on from the checkpoints there" in done.stderr
     main(args)
     assert_same_run(whole, halves)
 
