@@ -27,8 +27,9 @@ def knocks_of(model: nn.Module) -> dict[str, Knock]:
 @torch.no_grad()
 def knock_movement(model: Transformer) -> dict[str, tuple[float, float]]:
     """How far each knock matrix has come: name -> (mean of the diagonal, Frobenius norm of the
-    rest). At the start that is (1, 0), for gates (0, 0). Figure 3 of the paper shows these matrices
-    after training. Under FSDP all processes must call it."""
+    rest). At the start that is (1, 0), for gates (0, 0). In train.py knocks do not decay, so all of
+    it is learned. Figure 3 of the paper shows these matrices after training. Under FSDP all
+    processes must call it."""
     movement = {}
     for place, knock in knocks_of(model).items():
         for name, p in knock.named_parameters():

@@ -117,6 +117,24 @@ def draw_losses(findings: Findings, path: Path) -> Path:
     return save(figure, path)
 
 
+def draw_interval(
+    axes: plt.Axes, at: float, differences: list[float], color: str, upright: bool
+) -> None:
+    """Differences at one place of an axis: dots, and their mean with its 95% interval as a bar. An
+    arrow says that the bar goes on beyond the range."""
+
+    def place(value: float) -> tuple[float, float]:
+        return (at, value) if upright else (value, at)
+
+    axes.plot(*zip(*map(place, differences), strict=True), ".", color=color, alpha=0.4)
+    mean, half = interval(differences)
+    bar = {"yerr" if upright else "xerr": half}
+    axes.errorbar(*place(mean), **bar, fmt="s", color=color, capsize=4)
+    for sign, arrow in zip((-1, 1), "v^" if upright else "<>", strict=True):
+        if sign * mean + np.nan_to_num(half) > RANGE:
+            axes.plot(*place(sign * RANGE), arrow, color=color, clip_on=False)
+
+
 def draw_differences(findings: Findings, path: Path) -> Path:
     """The difference to the baseline, a row for each group and kind: pairs as dots, their mean and
     its 95% interval as a bar. All such pictures have the same range."""
@@ -124,13 +142,8 @@ def draw_differences(findings: Findings, path: Path) -> Path:
     rows = [(group, kind) for group in findings.groups for kind in findings.kinds]
     rows = [row for row in rows if findings.differences(*row)]
     for y, (group, kind) in enumerate(rows):
-        differences, color = findings.differences(group, kind), COLORS[kind]
-        mean, half = interval(differences)
-        axes.plot(differences, [y] * len(differences), ".", color=color, alpha=0.4)
-        axes.errorbar(mean, y, xerr=half, fmt="s", color=color, capsize=4)
-        for sign, arrow in ((-1, "<"), (1, ">")):  # where the interval goes on beyond the range
-            if sign * mean + np.nan_to_num(half) > RANGE:
-                axes.plot(sign * RANGE, y, arrow, color=color, clip_on=False)
+        differences = findings.differences(group, kind)
+        draw_interval(axes, y, differences, COLORS[kind], upright=False)
         text, n = difference_cells(differences)
         axes.text(1.03, y, f"{text} ({n})", transform=axes.get_yaxis_transform(), va="center")
     axes.axvline(0, color=COLORS["none"], linewidth=1)
@@ -146,16 +159,14 @@ def draw_differences(findings: Findings, path: Path) -> Path:
 
 def draw_lengths(findings: Findings, path: Path) -> Path:
     """The difference that the MLP knock on v makes, against the bytes of a whole run: pairs as
-    dots, their means and 95% intervals as bars, which the picture's range may cut off."""
+    dots, their means and 95% intervals as bars."""
     figure, axes = plt.subplots(figsize=(7, 4))
-    ticks, color = [], COLORS["mlp on v"]
+    ticks = []
     for group in findings.groups:
         differences = findings.differences(group, "mlp on v")
         if differences:
             ticks.append(findings.pairs(group, "mlp on v")[0][0]["tokens"] / 1e6)
-            mean, half = interval(differences)
-            axes.plot(ticks[-1:] * len(differences), differences, ".", color=color, alpha=0.4)
-            axes.errorbar(ticks[-1], mean, half, fmt="s", color=color, capsize=4)
+            draw_interval(axes, ticks[-1], differences, COLORS["mlp on v"], upright=True)
     axes.axhline(0, color=COLORS["none"], linewidth=1)
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{x:.0f}" for x in ticks], minor=False)

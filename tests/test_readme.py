@@ -8,6 +8,8 @@ import torch
 
 from data.figures import count_params, memory_per_gpu
 from kha import CONFIGS, Config, Transformer
+from tests.report import Findings, interval, read_results
+from tests.study import RESULTS, STUDIES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,7 +22,7 @@ def test_the_reading_guide_names_what_is_there(name, file):
 
 
 def test_the_differences_in_the_table_are_those_of_the_study():
-    difference = r"[+−]\d\.\d+ ± \d\.\d+"
+    difference, n_pair = r"[+−]\d\.\d+ ± \d\.\d+", r"(\d+)"
     results = (ROOT / "tests" / "results" / "README.md").read_text()
     sizes, tokens, kv_heads, types = (
         results.split(f"<!-- study {name} -->")[1].split("<!-- end -->")[0]
@@ -29,13 +31,35 @@ def test_the_differences_in_the_table_are_those_of_the_study():
     groups = {r"(\d+M of \d+M|\d+M, dense)": sizes, r"runs of (\w+) bytes": tokens,
               r"(\d+) of 12": kv_heads}  # fmt: skip
     for group, table in groups.items():
-        row = rf"^\| (\w[^|]*) \| mlp on v(?:, no decay)? \| .* ({difference}) \|"
-        rows = re.findall(row, table, re.M)
-        assert sorted(re.findall(rf"{group}: ({difference})", README)) == sorted(rows)
+        row = rf"^\| (\w[^|]*) \| mlp on v(?:, no decay)? \| .* ({difference}) \| {n_pair} \|$"
+        shown = re.findall(rf"{group}: ({difference}) \({n_pair} pairs\)", README)
+        assert sorted(shown) == sorted(re.findall(row, table, re.M))
     shown = re.findall(rf"((?:mlp|gate|linear) on [^:;|]+): ({difference})", README)
     shown.append(("mlp on v", re.search(rf"250M bytes: ({difference})", README)[1]))
     rows = re.findall(rf"^\| (\w+ on .+?) \| .* ({difference}) \| \d+ \|$", types, re.M)
     assert sorted(shown) == sorted(rows)
+
+
+def test_the_headline_is_what_the_results_say():
+    def found(name):
+        return Findings(STUDIES[name], read_results(RESULTS))
+
+    def shown(differences, sign=-1):
+        mean, half = interval(differences)
+        return f"{sign * mean:.4f} ± {half:.4f}"
+
+    sizes = found("sizes")
+    pairs = [sizes.differences(group, "mlp on v, no decay") for group in sizes.groups]
+    complete = [differences for differences in pairs if len(differences) == 3]
+    assert len(complete) == 4 and max(map(max, complete)) < 0
+    assert f"lowers the loss by {shown(sum(complete, []))} nats a byte" in README
+    no_decay = found("decay").differences("", "mlp on v, no decay")
+    assert f"Weight decay on knocks takes {shown(no_decay)} away" in README
+    start, identity = (
+        found("types").results["", kind] for kind in ("mlp on v, random start", "mlp on v")
+    )
+    worse = [start[seed]["val_loss"] - identity[seed]["val_loss"] for seed in start]
+    assert f"{shown(worse, 1)} above the start at the identity" in README
 
 
 @pytest.mark.parametrize("name", CONFIGS)
