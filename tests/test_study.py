@@ -591,6 +591,22 @@ def test_plot_draws_the_losses_and_matrices_of_runs(whole, halves, data, capsys)
         study.main(["plot", str(other)])
 
 
+@pytest.mark.parametrize("upright,arrows", [(False, "<>"), (True, "v^")])
+def test_an_arrow_says_where_an_interval_leaves_the_picture(upright, arrows):
+    plot = pytest.importorskip("tests.plot")
+
+    def drawn(*differences):
+        axes = plot.plt.figure().subplots()
+        plot.draw_interval(axes, 3, list(differences), "k", upright)
+        ends = {line.get_marker(): line.get_xydata()[0].tolist() for line in axes.lines}
+        return {marker: end for marker, end in ends.items() if marker in arrows}
+
+    low, high = ([3, -0.01], [3, 0.01]) if upright else ([-0.01, 3], [0.01, 3])
+    assert drawn(-0.001, -0.002) == {}  # -0.0015 ± 0.0064
+    assert drawn(-0.004, -0.006) == {arrows[0]: low}  # -0.005 ± 0.0127
+    assert drawn(-0.005, 0.005) == {arrows[0]: low, arrows[1]: high}
+
+
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "tests.plot", raising=False)
