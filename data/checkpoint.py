@@ -113,8 +113,8 @@ class Saver:
             size = 3 * sum(w.numel() * w.element_size() for w in weights.values())  # with moments
             free = shutil.disk_usage(folder).free
             if not start and free < 4 * size:  # the last two, the best, and one that is not whole
-                print(f"train.py: warning: {folder} has room for {free / 1e9:.2f} GB, but at"
-                      f" times it holds four checkpoints of {size / 1e9:.2f} GB", file=sys.stderr)
+                print(f"train.py: warning: {folder} has room for {free / 1e9:.2f} GB, but may"
+                      f" come to hold four checkpoints of {size / 1e9:.2f} GB", file=sys.stderr)
             self.work = self.thread.submit(self.reserve, shapes)
 
     def collect(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -255,7 +255,7 @@ def way_on(folder: str) -> str:
     """What the user of a run can do after its folder could not be written to."""
     if list_to_resume(folder):
         return "mend that, and --resume goes on from the checkpoints there"
-    return "mend that and start again, for no checkpoint was saved yet"
+    return "mend that, and --resume starts again, for no checkpoint was saved yet"
 
 
 def check_none_newer(folder: str, step: int) -> None:
