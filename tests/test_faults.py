@@ -264,6 +264,8 @@ def test_a_log_alone_is_a_run_too(data, tmp_path):
     with pytest.raises(ValueError, match="holds the log of a run without checkpoints"):
         main([*args, "--steps", "3"])
     assert contents(tmp_path / "run") == before
+    main([*args, "--steps", "4", "--resume"])  # as torchrun does, and the message says
+    assert len(read_log(tmp_path / "run")[0]) == 4
     log = tmp_path / "run" / "log.jsonl"
     log.write_bytes(before[log].splitlines(keepends=True)[0])
     main([*args, "--steps", "2"])
