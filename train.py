@@ -149,7 +149,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     if train.init and os.path.exists(os.path.join(train.init, "config.json")):
         config, checkpoint = start_from_hf(train.init, shape)
     elif train.init.endswith(".safetensors"):
-        raise ValueError(f"--init {train.init} is a file: name the folder that it is in")
+        raise ValueError(f"--init {train.init}: name the folder of the model, not a file in it")
     elif train.init:
         config, checkpoint = start_from(train.init, shape)
     else:

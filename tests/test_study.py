@@ -598,6 +598,7 @@ def test_an_arrow_says_where_an_interval_leaves_the_picture(upright, arrows):
     def drawn(*differences):
         axes = plot.plt.figure().subplots()
         plot.draw_interval(axes, 3, list(differences), "k", upright)
+        assert axes.containers[0].has_yerr == upright
         ends = {line.get_marker(): line.get_xydata()[0].tolist() for line in axes.lines}
         return {marker: end for marker, end in ends.items() if marker in arrows}
 
