@@ -186,8 +186,9 @@ def generate(
                 step()
                 n_cached, n_step = n_cached + 1, n_step + 1
         arrived.wait()
-        ended = [end or token == eot for token, end in zip(new.tolist(), ended, strict=True)]
-        yield [None if end else token for token, end in zip(new.tolist(), ended, strict=True)]
+        new = new.tolist()
+        ended = [end or token == eot for token, end in zip(new, ended, strict=True)]
+        yield [None if end else token for token, end in zip(new, ended, strict=True)]
         if all(ended):
             return
 

@@ -198,9 +198,7 @@ def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
         reason = str(error).split("\n")[0]
         if not isinstance(error, OSError):
             reason = f"as on a full disk: {reason}"
-        raise OSError(
-            f"cannot save to {folder} ({reason}): {way_on(folder)}"
-        ) from error
+        raise OSError(f"cannot save to {folder} ({reason}): {way_on(folder)}") from error
     os.replace(temporary, os.path.join(folder, name))
     sync_names(folder)  # before an old file goes
     saved = list_checkpoints(folder)

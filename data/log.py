@@ -219,7 +219,7 @@ class Log:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             reason = f"cannot write {self.file.name} ({error.strerror})"
-            raise OSError(f"{reason}: {way_on(os.path.dirname(self.file.name))}") from error
+            raise OSError(f"{reason}: {way_on(self.out)}") from error
 
 
 def check_new(out: str) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from data.figures import count_params, memory_per_gpu
 from kha import CONFIGS, Config, Transformer
-from tests.report import Findings, interval, read_results
+from tests.report import by_data, interval, read_results
 from tests.study import RESULTS, STUDIES
 
 ROOT = Path(__file__).parent.parent
@@ -41,8 +41,10 @@ def test_the_differences_in_the_table_are_those_of_the_study():
 
 
 def test_the_headline_is_what_the_results_say():
+    results = read_results(RESULTS)
+
     def found(name):
-        return Findings(STUDIES[name], read_results(RESULTS))
+        return by_data(name, STUDIES[name], results)[0]
 
     def shown(differences, sign=-1):
         mean, half = interval(differences)
@@ -55,9 +57,8 @@ def test_the_headline_is_what_the_results_say():
     assert f"lowers the loss by {shown(sum(complete, []))} nats a byte" in README
     no_decay = found("decay").differences("", "mlp on v, no decay")
     assert f"Weight decay on knocks takes {shown(no_decay)} away" in README
-    start, identity = (
-        found("types").results["", kind] for kind in ("mlp on v, random start", "mlp on v")
-    )
+    types = found("types").results
+    start, identity = types["", "mlp on v, random start"], types["", "mlp on v"]
     worse = [start[seed]["val_loss"] - identity[seed]["val_loss"] for seed in start]
     assert f"{shown(worse, 1)} above the start at the identity" in README
 
