@@ -53,7 +53,7 @@ def test_the_headline_is_what_the_results_say():
     sizes = found("sizes")
     pairs = [sizes.differences(group, "mlp on v, no decay") for group in sizes.groups]
     complete = [differences for differences in pairs if len(differences) == 3]
-    assert len(complete) == 4 and max(map(max, complete)) < 0
+    assert len(complete) == 6 and max(map(max, complete)) < 0
     assert f"lowers the loss by {shown(sum(complete, []))} nats a byte" in README
     no_decay = found("decay").differences("", "mlp on v, no decay")
     assert f"Weight decay on knocks takes {shown(no_decay)} away" in README
