@@ -31,7 +31,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from data.checkpoint import FORMAT, Saver, list_to_resume, read_newest, restore, start_from
-from data.device import Moment, can_capture, capture, on_device, pick_device, start_compilers
+from data.device import (
+    Moment,
+    can_capture,
+    graphed,
+    on_device,
+    pick_device,
+    side_stream,
+    start_compilers,
+)
 from data.evaluation import bits_per_byte, evaluate
 from data.figures import advice_on_memory, knock_movement
 from data.hf import start_from_hf
@@ -215,19 +223,6 @@ def balance_experts(model: Transformer, rate: Tensor, rule: str) -> Tensor:
     return (loads.amax(-1) / loads.mean(-1)).max()
 
 
-def graphed(step_once: Callable[[Tensor], Tensor], micros: Tensor) -> Callable[[Tensor], Tensor]:
-    """Capture `step_once`, an update that has run before, as a CUDA graph for micro-batches of this
-    shape. A CPU is too slow to launch the many small kernels of a small model one by one."""
-    place = micros.clone()
-    replay = capture(lambda: step_once(place))
-
-    def run(micros: Tensor) -> Tensor:
-        place.copy_(micros)
-        return replay()
-
-    return run
-
-
 def to_cpu(numbers: Tensor, stops: bool) -> Callable[[], tuple[list[float], Moment]]:
     """Copy an update's numbers to the CPU, with one more at the end: above 0 if any process stops.
     Returns a function that gives the list, and the moment at which the device had it. A CUDA GPU
@@ -278,6 +273,12 @@ def make_optimizer(model: Transformer, train: TrainConfig) -> torch.optim.Optimi
 # The model and its loss, made for training
 
 
+def becomes_graph(model: Transformer, train: TrainConfig, n_process: int) -> bool:
+    """Whether an update becomes a CUDA graph: it is a single micro-batch that a graph can hold."""
+    one = model.config.block_size * train.micro_batch * n_process
+    return train.batch_tokens == one and can_capture(model)
+
+
 def build_model(
     config: Config, train: TrainConfig, device: str, n_process: int
 ) -> tuple[Transformer, nn.Module]:
@@ -295,6 +296,7 @@ def build_model(
     torch.set_float32_matmul_precision("high")
     # broadcast_buffers is the old name: older versions of torch do not have the new one.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")  # side_stream
     torch.manual_seed(train.seed)
     aside = torch.Generator(device).manual_seed(train.seed + 10**6)  # for random knocks alone
     with torch.device("meta"):
@@ -313,10 +315,11 @@ def build_model(
     if n_process > 1:
         torch._dynamo.config.optimize_ddp = False  # it would split blocks and compile each again
         ids = [torch.device(device)] if on_gpu else None
-        ddp = DistributedDataParallel(
-            model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-        return model, ddp
+        # A graph cannot hold work of the default stream, where DDP would add and sum gradients.
+        with side_stream() if becomes_graph(model, train, n_process) else nullcontext():
+            return model, DistributedDataParallel(
+                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
     return model, model
 
 
@@ -402,13 +405,12 @@ def main(argv: list[str]) -> None:
     saver = Saver(train.out, start, meta["val"]["tokens"], model if reserves else None)
     with Signals() as signals, advice_on_memory(config, train, n_process), saver:
         micros = draw(start)
-        can_graph = n_process == 1 and len(micros) == 1 and can_capture(model)
+        if becomes_graph(model, train, n_process):
+            step_once = graphed(step_once, n_process)
         for step in range(start, train.steps):
             done, last, lr = step + 1, step + 1 == train.steps, lr_at(step, train)
             for group in optimizer.param_groups:
                 group["lr"].fill_(lr)
-            if can_graph and step == start + 1:
-                step_once = graphed(step_once, micros)
             numbers = step_once(micros)
             waiting.append((done, lr, to_cpu(numbers, signals.came or saver.failed)))
             micros = draw(done)  # while the device computes
@@ -446,6 +448,7 @@ def main(argv: list[str]) -> None:
         # All processes sample, because with FSDP each has a part of the weights. One prints.
         with nullcontext() if rank == 0 else redirect_stdout(None):
             write_samples(model.eval(), tokenizer, train.prompt, max_new_tokens=train.sample_tokens)
+    del step_once  # NCCL would wait forever for a graph that holds its work
     leave_processes()
 
 

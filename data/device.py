@@ -1,7 +1,8 @@
 """Where a model runs: the device, copies to it, its clock, and CUDA graphs."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +76,17 @@ def can_capture(model: Transformer) -> bool:
     return not model.moes() or is_hopper() and dtype == torch.bfloat16
 
 
+@contextmanager
+def side_stream() -> Iterator[None]:
+    """In the with block, work has a CUDA stream of its own, between the work before and after. So a
+    CUDA graph can hold it: work of the default stream cannot be in one."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 def capture(work: Callable[[], Any], generator: torch.Generator | None = None) -> Callable[[], Any]:
     """`work` as a CUDA graph: each call launches the same kernels on the same memory, all at once,
     and returns the same tensors. `work` must have run before. It may draw from `generator`."""
@@ -89,3 +101,24 @@ def capture(work: Callable[[], Any], generator: torch.Generator | None = None) -
         return result
 
     return replay
+
+
+def graphed(work: Callable[[Tensor], Any], n_process: int) -> Callable[[Tensor], Any]:
+    """`work` on tensors of one shape, first called as it is and later as a CUDA graph. A CPU is too
+    slow to launch the many small kernels of a small model one by one. With many processes the first
+    eleven calls are without a graph: DDP measures its first ten, which a graph cannot hold."""
+    n_before = 1 if n_process == 1 else 11
+    n_calls, place, replay = 0, None, None
+
+    def run(x: Tensor) -> Any:
+        nonlocal n_calls, place, replay
+        n_calls += 1
+        if n_calls <= n_before:
+            return work(x)
+        if replay is None:
+            place = x.clone()
+            replay = capture(lambda: work(place))
+        place.copy_(x)
+        return replay()
+
+    return run

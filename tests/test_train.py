@@ -13,7 +13,7 @@ import torch
 
 import train
 from data.checkpoint import load_checkpoint, restore
-from data.device import Moment, start_compilers
+from data.device import Moment, graphed, start_compilers
 from data.evaluation import evaluate
 from data.figures import flops_per_token, memory_advice
 from data.hf import export_hf
@@ -29,6 +29,7 @@ from tests.runs import (
     contents,
     equal_weights,
     lines_of,
+    run_process,
     weights_of,
 )
 from train import TrainConfig, lr_at, main, make_optimizer, parse_config
@@ -121,6 +122,19 @@ def test_on_a_gpu_a_graph_many_micro_batches_and_a_cpu_learn_the_same(experts, d
         losses.append([line["loss"] for line in read_log(out)[0]])
     assert losses[0] == pytest.approx(losses[2], rel=0.02)
     assert losses[1] == pytest.approx(losses[2], rel=0.02)
+
+
+@pytest.mark.gpu
+def test_two_gpus_learn_what_one_learns(data, tmp_path):
+    """With one micro-batch for each, an update is a CUDA graph from the twelfth on."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    args = [*SHORT, *f"--data {data} --device cuda --micro_batch 4".split()]
+    main([*args, "--out", str(tmp_path / "one")])
+    done = run_process(*args, "--out", tmp_path / "two", n_process=2)
+    assert done.returncode == 0, done.stderr
+    one, two = ([u["loss"] for u in read_log(tmp_path / name)[0]] for name in ("one", "two"))
+    assert len(two) == 30 and two == pytest.approx(one, rel=0.02)
 
 
 @pytest.mark.gpu
@@ -299,6 +313,36 @@ def test_a_moment_is_the_gpus_however_late_the_cpu_looks():
     moments[-1].wait()
     spans = [later.seconds_since(earlier) for earlier, later in pairwise(moments)]
     assert 0.04 < min(spans) and max(spans) < 2 * min(spans)
+
+
+def test_an_update_of_one_micro_batch_in_each_process_becomes_a_graph(monkeypatch):
+    monkeypatch.setattr(train, "can_capture", lambda model: True)
+    model = Transformer(Config(**TINY))  # sequences of 8 tokens
+    for n_process, batch_tokens, becomes in [(1, 32, True), (1, 64, False), (2, 64, True)]:
+        settings = TrainConfig(micro_batch=4, batch_tokens=batch_tokens)
+        assert train.becomes_graph(model, settings, n_process) == becomes
+    monkeypatch.setattr(train, "can_capture", lambda model: False)
+    assert not train.becomes_graph(model, TrainConfig(micro_batch=4, batch_tokens=32), 1)
+
+
+@pytest.mark.parametrize("n_process, n_before", [(1, 1), (2, 11)])
+def test_a_graph_comes_after_some_calls_and_reads_one_place(n_process, n_before, monkeypatch):
+    places, captured = [], []
+
+    def double(x):
+        places.append(x.data_ptr())
+        return 2 * x
+
+    def capture(work):
+        captured.append(len(places))
+        return work
+
+    monkeypatch.setattr("data.device.capture", capture)
+    run = graphed(double, n_process)
+    batches = [torch.tensor([i]) for i in range(15)]
+    assert [run(x).item() for x in batches] == list(range(0, 30, 2))
+    assert captured == [n_before] and len({*places[n_before:]}) == 1
+    assert [x.item() for x in batches] == list(range(15))
 
 
 def test_this_torch_can_start_its_compilers_early():
