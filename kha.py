@@ -86,13 +86,13 @@ class Knock(nn.Module):
     """What KHA does to one head x_i (..., D), the same for every head i of a projection.
 
         none     x_i                                                eq. 1-3
-        linear   x_i T                                              eq. 5-7
+        linear   x_i t                                              eq. 5-7: the paper's T
         mlp      2 (x_i W^up * sigmoid(x_i W^gate)) W^down          eq. 9
         gate     2 x_i * sigmoid(x_i W^gate)                        Table 2: a higher loss
 
     No head reads another's numbers. The heads interact because all of them train these shared D x D
-    matrices. At the start the knock returns x_i, bit for bit: T (t below), W^up and W^down are the
-    identity, W^gate is zero, 2 sigmoid(0) = 1 (section 3.3). Raises ValueError for another kind.
+    matrices. At the start the knock returns x_i, bit for bit: t, W^up and W^down are the identity,
+    W^gate is zero, and 2 sigmoid(0) = 1 (section 3.3). Raises ValueError for another kind.
     """
 
     def __init__(self, kind: str, head_dim: int):
@@ -107,7 +107,7 @@ class Knock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Every head of x (..., H, D) on its own: the same shape."""
         if self.kind == "linear":
-            return x @ self.t.to(x.dtype)  # `Heads` has T in its weight, and does not come here
+            return x @ self.t.to(x.dtype)  # `Heads` has t in its weight, and does not come here
         if self.kind == "mlp":
             up, gate, down = self.up.to(x.dtype), self.gate.to(x.dtype), self.down.to(x.dtype)
             if can_fuse(x):
@@ -128,19 +128,19 @@ class Heads(nn.Module):
         self.knock = Knock(kind, head_dim)
 
     def absorbed_weight(self, dtype: torch.dtype) -> Tensor:
-        """W_i for every head i; with a linear knock W_i T (eq. 8): (H * D, n_in)."""
+        """W_i for every head i; with a linear knock W_i t (eq. 8): (H * D, n_in)."""
         weight = self.weight.to(dtype)
         return absorb(weight, self.knock.t) if self.knock.kind == "linear" else weight
 
     def forward(self, x: Tensor) -> Tensor:
         heads = F.linear(x, self.absorbed_weight(x.dtype))  # (B, T, H * D)
         heads = heads.unflatten(-1, (-1, self.knock.head_dim))  # (B, T, H, D)
-        # A linear knock is in the weight already: x (W_i T) = (x W_i) T, at less cost.
+        # A linear knock is in the weight already: x (W_i t) = (x W_i) t, at less cost.
         return heads if self.knock.kind == "linear" else self.knock(heads)
 
 
 def absorb(weight: Tensor, t: Tensor) -> Tensor:
-    """Eq. 8: W_i T for every head i of a transposed weight (H * D, n_in): the same shape."""
+    """Eq. 8: W_i t for every head i of a transposed weight (H * D, n_in): the same shape."""
     heads = weight.unflatten(0, (-1, len(t)))  # (H, D, n_in)
     return (t.mT.to(weight.dtype) @ heads).flatten(0, 1)
 
@@ -206,7 +206,7 @@ class GQA(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         C, D = config.n_embd, config.head_dim
-        self.wo = Linear(config.n_head * D, C)  # first: the order decides each one's random start
+        self.wo = Linear(config.n_head * D, C)  # first: another order gives other random starts
         self.wq = Heads(C, config.n_head, D, config.knock_q)
         self.wk = Heads(C, config.n_kv_head, D, config.knock_k)
         self.wv = Heads(C, config.n_kv_head, D, config.knock_v)
@@ -247,7 +247,7 @@ def init_weights(module: nn.Module, config: Config, aside: torch.Generator | Non
     """Give every weight its start, in place, for a model or a whole child of it.
 
     Knocks at the identity (section 3.3) draw no random numbers. So with the same seed they change
-    no other weight, and no output of step 0. With `aside`, random ones change no other weight.
+    no other weight, and no output of step 0. Random knocks draw from `aside`, if given.
     """
     out_std = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: activations do not grow with depth
     for name, p in module.named_parameters():
@@ -283,7 +283,7 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, targets=None, position=None, cache=None) -> Tensor:
         """Logits (B, T, V) of the token after each of tokens (B, T); or with targets (B, T) the
         mean cross-entropy in nats, a scalar. A cache (sample.Cache) stores what later tokens need.
-        Tokens that continue the text in a cache need their `position` (T,); others begin a text.
+        With `position` (T,), tokens continue the text in the cache; without it they begin a text.
         Raises ValueError for more than block_size tokens."""
         T, config = tokens.shape[1], self.config
         if T > config.block_size:
@@ -427,11 +427,11 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
     with a name that matches the fnmatch `pattern`, such as "*.v_proj". Its heads (head_dim outputs
     each, one after another) share one knock. With `rows` only these outputs have it: for nanoGPT's
     values slice(2 * n_embd, 3 * n_embd); GPT-NeoX's are no slice. Knocks start as the identity, in
-    float32 or wider: in bfloat16 a small step from 1 is lost. Returns them by projection. Raises
-    ValueError if one cannot be knocked. Call it before DDP and FSDP, which miss new parameters. To
-    load: the base model, add_knocks, load_state_dict. With LoRA on linear: fold, then merge."""
+    float32 or wider: in bfloat16 a small step from 1 is lost. Returns {name of a projection: its
+    Knock}. Raises ValueError if one cannot be knocked. Call it before DDP and FSDP. To load: the
+    base model, add_knocks, load_state_dict. With LoRA beside a linear knock: fold, then merge."""
     if isinstance(model, Transformer):
-        raise ValueError("ours have their knocks by Config: set knock_q, knock_k, knock_v")
+        raise ValueError("a Transformer has its knocks by Config: set knock_q, knock_k, knock_v")
     if kind not in ("linear", "mlp") or not isinstance(head_dim, int):
         raise ValueError(f"kind must be linear or mlp, head_dim an int, not {kind!r}, {head_dim!r}")
     matches = {}  # of a module with several names the first counts
@@ -448,9 +448,9 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
             raise ValueError(f"{name} is sharded or has a forward of its own: add knocks first")
         start, stop, step = rows.indices(part.out_features)
         if step != 1 or start >= stop or head_dim < 1 or (stop - start) % head_dim:
-            raise ValueError(f"outputs {start}:{stop}:{step} of {name} are no heads of {head_dim}")
+            raise ValueError(f"outputs {start}:{stop}:{step} of {name} are not heads of {head_dim}")
         if any(a < stop and start < b for a, b in getattr(part, "rows", ())):
-            raise ValueError(f"{name} knocks already")
+            raise ValueError(f"{name} has a knock on some of these outputs already")
     knocks = {}
     for part, name in matches.items():
         if type(part) is nn.Linear:
@@ -480,7 +480,7 @@ class FoldedGate(nn.Module):
 @torch.no_grad()
 def fold(model: nn.Module, value: str | None = None, output: str | None = None) -> nn.Module:
     """Fold the knocks of a trained model into its weights, in place; returns it. Its outputs stay
-    the same. T goes into W^Q, W^K, W^V (eq. 8), and so do W^up and W^gate; a `FoldedGate` remains.
+    the same. t goes into W^Q, W^K, W^V (eq. 8), and so do W^up and W^gate; a `FoldedGate` remains.
     Where heads serve as values alone, W^down goes into W^O: attention is linear in values. For a
     model that is not ours, `value` and `output` name the two nn.Linear, "v_proj" and "o_proj" say.
     Leave both out if more than attention is between them: a norm (BitNet), a gate (Qwen3-Next).
@@ -501,7 +501,7 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
         else:
             for knock, (start, stop) in zip(part.knocks, part.rows, strict=True):
                 part.weight[start:stop] = absorb(part.weight[start:stop], knock.t)
-                if part.bias is not None:  # (x W + b) T = x W T + b T
+                if part.bias is not None:  # (x W + b) t = x W t + b t
                     part.bias[start:stop] = absorb(part.bias[start:stop, None], knock.t)[:, 0]
             del part.knocks, part.rows
             part.__class__ = nn.Linear
@@ -544,7 +544,7 @@ def fold_gate(weight: Tensor, knock: Knock, wo: nn.Module | None) -> tuple[Tenso
     up, down = (absorb(weight, knock.up), knock.down) if knock.kind == "mlp" else (weight, None)
     weight = nn.Parameter(torch.cat((up, absorb(weight, knock.gate))), weight.requires_grad)
     if wo is not None:
-        heads = wo.weight.unflatten(1, (-1, knock.head_dim))  # (n_out, H, D): (W^O_h)^T
+        heads = wo.weight.unflatten(1, (-1, knock.head_dim))  # (n_out, H, D): transposed W^O_h
         wo.weight.copy_((heads @ down.mT.to(heads.dtype)).flatten(1))
         down = None
     return weight, FoldedGate(knock.head_dim, down)

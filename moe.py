@@ -82,7 +82,7 @@ class MoE(nn.Module):
         self.n_expert, self.top_k = n_expert, top_k
         self.router = nn.Parameter(torch.empty(n_expert, n_embd))
         # As grouped_mm takes them: x @ weight, where SwiGLU has x @ weight.T.
-        self.experts_up = nn.Parameter(torch.empty(n_expert, n_embd, 2 * d_ff))
+        self.experts_up = nn.Parameter(torch.empty(n_expert, n_embd, 2 * d_ff))  # gate, then up
         self.experts_down = nn.Parameter(torch.empty(n_expert, d_ff, n_embd))
         # float32 whatever the default is: a step of the bias is too fine for bfloat16
         self.register_buffer("bias", torch.zeros(n_expert, dtype=torch.float32))

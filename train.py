@@ -3,7 +3,7 @@
 `config` names one of kha.CONFIGS. Every field of kha.Config and of TrainConfig below is an option;
 --help lists them. With no argument: `toy`, on the source of the Python standard library, in about
 two minutes on two CPU cores. torchrun trains on many GPUs with the same script:
-torchrun --nproc_per_node 8 train.py gpt2 [--parallel fsdp].
+torchrun --nproc_per_node 8 train.py gpt2 --data FOLDER (made by data/prepare.py).
 
 All that is random is a function of seed and step: the weights' start, and the sequences of each
 batch. So there is no random state to save, the number of processes changes nothing but rounding,
@@ -36,8 +36,8 @@ from data.device import (
     can_capture,
     graphed,
     on_device,
+    on_side_stream,
     pick_device,
-    side_stream,
     start_compilers,
 )
 from data.evaluation import bits_per_byte, evaluate
@@ -296,7 +296,7 @@ def build_model(
     torch.set_float32_matmul_precision("high")
     # broadcast_buffers is the old name: older versions of torch do not have the new one.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")
-    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")  # side_stream
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")  # on purpose
     torch.manual_seed(train.seed)
     aside = torch.Generator(device).manual_seed(train.seed + 10**6)  # for random knocks alone
     with torch.device("meta"):
@@ -315,8 +315,8 @@ def build_model(
     if n_process > 1:
         torch._dynamo.config.optimize_ddp = False  # it would split blocks and compile each again
         ids = [torch.device(device)] if on_gpu else None
-        # A graph cannot hold work of the default stream, where DDP would add and sum gradients.
-        with side_stream() if becomes_graph(model, train, n_process) else nullcontext():
+        # Backward sums gradients on the stream of this call; a graph cannot hold the default one.
+        with on_side_stream() if becomes_graph(model, train, n_process) else nullcontext():
             return model, DistributedDataParallel(
                 model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )

@@ -1,5 +1,6 @@
 """Where a model runs: the device, copies to it, its clock, and CUDA graphs."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,24 +77,35 @@ def can_capture(model: Transformer) -> bool:
     return not model.moes() or is_hopper() and dtype == torch.bfloat16
 
 
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    """The stream on which DDP sums gradients, and on which its update is captured as a graph. A
+    graph cannot hold work of the default stream. With a stream for each of the two, autograd would
+    keep all gradients of an update at once."""
+    return torch.cuda.Stream()
+
+
 @contextmanager
-def side_stream() -> Iterator[None]:
-    """In the with block, work has a CUDA stream of its own, between the work before and after. So a
-    CUDA graph can hold it: work of the default stream cannot be in one."""
-    stream = torch.cuda.Stream()
+def on_side_stream() -> Iterator[None]:
+    """In the with block, work goes to `side_stream`, between the work before and after."""
+    stream = side_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def capture(work: Callable[[], Any], generator: torch.Generator | None = None) -> Callable[[], Any]:
+def capture(
+    work: Callable[[], Any],
+    generator: torch.Generator | None = None,
+    stream: torch.cuda.Stream | None = None,
+) -> Callable[[], Any]:
     """`work` as a CUDA graph: each call launches the same kernels on the same memory, all at once,
     and returns the same tensors. `work` must have run before. It may draw from `generator`."""
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         result = work()
 
     def replay() -> Any:
@@ -106,8 +118,8 @@ def capture(work: Callable[[], Any], generator: torch.Generator | None = None) -
 def graphed(work: Callable[[Tensor], Any], n_process: int) -> Callable[[Tensor], Any]:
     """`work` on tensors of one shape, first called as it is and later as a CUDA graph. A CPU is too
     slow to launch the many small kernels of a small model one by one. With many processes the first
-    eleven calls are without a graph: DDP measures its first ten, which a graph cannot hold."""
-    n_before = 1 if n_process == 1 else 11
+    eleven calls are without a graph: DDP measures ten of them, which a graph cannot hold."""
+    n_before, stream = (1, None) if n_process == 1 else (11, side_stream())
     n_calls, place, replay = 0, None, None
 
     def run(x: Tensor) -> Any:
@@ -116,8 +128,8 @@ def graphed(work: Callable[[Tensor], Any], n_process: int) -> Callable[[Tensor],
         if n_calls <= n_before:
             return work(x)
         if replay is None:
-            place = x.clone()
-            replay = capture(lambda: work(place))
+            place = torch.empty_like(x)
+            replay = capture(lambda: work(place), stream=stream)
         place.copy_(x)
         return replay()
 

@@ -70,15 +70,6 @@ def flops_per_token(model: Transformer, length: int) -> int:
     return 6 * (count_params(model)[1] - only_read + again) + attention
 
 
-def paper_flops(length: int, d: int, n_head: int) -> tuple[int, int, int]:
-    """Forward FLOPs of one layer on a sequence as the paper counts them, with d_ff = 3d.
-
-    Eq. 10-12: MHA 8 L d^2 + 4 L^2 d, feed-forward 18 L d^2, and what KHA adds, 6 L d^2 / n, for
-    KHA-Linear on q, k and v as for KHA-MLP on v.
-    """
-    return 8 * length * d**2 + 4 * length**2 * d, 18 * length * d**2, 6 * length * d**2 // n_head
-
-
 def memory_per_gpu(config: Config, micro_batch: int, n_shard: int = 1, recompute: bool = False,
                    accumulates: bool = True) -> dict[str, float]:
     """An estimate of the GPU memory, in bytes, that training needs at its peak, by what needs it;

@@ -1,4 +1,5 @@
-"""The cross-entropy of `Transformer.forward` in chunks: the same numbers, with less memory."""
+"""The cross-entropy of `Transformer.forward` in chunks: the same numbers, with less memory. Every
+target counts: there is no -100 for tokens to leave out."""
 
 from collections.abc import Callable
 

@@ -323,7 +323,7 @@ def test_a_misspelt_value_is_not_folded(value):
 def test_a_fused_projection_folds_linear_knocks_only(bias, rows):
     model, linear = fused(bias), fused(bias)
     add_knocks(model, "mlp", "0", 8, rows)
-    with pytest.raises(ValueError, match="knocks already"):
+    with pytest.raises(ValueError, match="has a knock on some of these outputs already"):
         add_knocks(model, "mlp", "0", 8, slice(48, 56))
     with pytest.raises(ValueError, match="cannot fold 0: its MLP knock"):
         fold(model)
@@ -440,15 +440,15 @@ def test_a_weight_that_is_computed_is_not_folded_into(compute, name, kind):
         (("lin", "*.v_proj", 8), "kind must be linear or mlp, head_dim an int, not 'lin', 8"),
         (("mlp", "*.value", 8), "no module's name matches '\\*.value'"),
         (("mlp", "?", 8), "0 is a Values, not an nn.Linear"),
-        (("mlp", "*.v_proj", 7), "outputs 0:16:1 of 0.v_proj are no heads of 7"),
+        (("mlp", "*.v_proj", 7), "outputs 0:16:1 of 0.v_proj are not heads of 7"),
         (("mlp", "*.v_proj", None), "head_dim an int, not 'mlp', None"),
         (("mlp", "*.v_proj", 16 / 2), "head_dim an int, not 'mlp', 8.0"),
-        (("mlp", "*.v_proj", 0), "are no heads of 0"),
-        (("mlp", "*.v_proj", -8), "are no heads of -8"),
+        (("mlp", "*.v_proj", 0), "are not heads of 0"),
+        (("mlp", "*.v_proj", -8), "are not heads of -8"),
         (("linear", "*.v_proj", 8, slice(16, 24)), "outputs 16:16:1 of"),
-        (("linear", "*.v_proj", 8, slice(0, 16, 2)), "outputs 0:16:2 of .* are no heads of 8"),
-        (("linear", "*.o_proj", 8), "0.o_proj knocks already"),
-        (("linear", "*.v_proj", 8), "1.v_proj knocks already"),
+        (("linear", "*.v_proj", 8, slice(0, 16, 2)), "outputs 0:16:2 of .* are not heads of 8"),
+        (("linear", "*.o_proj", 8), "0.o_proj has a knock on some of these outputs already"),
+        (("linear", "*.v_proj", 8), "1.v_proj has a knock on some of these outputs already"),
     ],
 )
 def test_knocks_that_cannot_be_added_leave_the_model_alone(arguments, message):

@@ -891,6 +891,7 @@ def test_default_data_that_another_machine_prepares_meanwhile_are_used(prepared,
 
     monkeypatch.setattr(module, "prepare", prepare)
     module.find_data(module.DEFAULT_DATA)
+    assert load_meta(module.DEFAULT_DATA) == load_meta("out")
 
 
 def test_what_a_killed_run_left_is_in_nobodys_way():

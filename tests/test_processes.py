@@ -258,3 +258,48 @@ train.run_script(train.main)
     done = run_process(*args, n_process=1, script=script)
     assert done.returncode == 0, done.stderr
     assert "\na" in done.stdout and done.stdout.endswith("\n")  # the sample is all there
+
+
+def test_processes_let_go_of_their_graph_before_they_leave(run_in, data, tmp_path):
+    """NCCL waits forever for a graph that is left. Here, on CPUs, a graph is the update itself."""
+    script = tmp_path / "graphs.py"
+    script.write_text("""
+import contextlib, data.device, os, train
+
+def say(word):
+    with open(__file__ + os.environ["RANK"], "a") as file:
+        print(word, file=file)
+
+class Graph:
+    def __init__(self, work, stream):
+        say(f"captured on {stream} after {n_update}")
+        self.work = work
+
+    def __call__(self):
+        return self.work()
+
+    def __del__(self):
+        say("freed")
+
+def count(*args):
+    global n_update
+    n_update += 1
+    return update(*args)
+
+n_update, update, leave = 0, train.update, train.leave_processes
+train.update = count
+train.leave_processes = lambda: say("left") or leave()
+train.can_capture = lambda model: True
+train.on_side_stream = lambda: say("aside") or contextlib.nullcontext()
+data.device.side_stream = lambda: "the side stream"
+data.device.capture = Graph
+train.run_script(train.main)
+""")
+    args = [*SCALE, "--micro_batch", 8, "--data", data, "--out", tmp_path / "run"]
+    done = run_process(*args, n_process=2, script=script)
+    assert done.returncode == 0, done.stderr
+    for rank in "01":
+        said = (tmp_path / f"graphs.py{rank}").read_text().splitlines()
+        captured = "captured on the side stream after 11"
+        assert said == ["aside", captured, "freed", "left"]
+    assert_close_runs(run_in("one"), tmp_path / "run")
