@@ -576,7 +576,7 @@ def check_config(c: Config) -> None:
          f"mla needs a kv_rank that is a multiple of n_kv_head, not {c.kv_rank}"),
         (not mla and (c.kv_rank or c.q_rank), "kv_rank and q_rank belong to mla: leave them 0"),
         ((c.n_expert == 0) != (c.top_k == 0) or c.top_k > c.n_expert,
-         f"top_k must be in 1..n_expert (0 for a dense model), not {c.top_k} of {c.n_expert}"),
+         f"top_k must be in 1..n_expert (both 0 if dense), not {c.top_k} of {c.n_expert}"),
         (c.n_expert and (c.n_embd % 8 or c.d_ff % 8),  # grouped_mm reads rows of whole 16 bytes
          f"with experts, n_embd and d_ff must be multiples of 8, not {c.n_embd} and {c.d_ff}"),
     ]:

@@ -205,7 +205,10 @@ class Log:
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """End the progress."""
+        """End the progress, and say how many updates were left out, if any."""
+        if self.skipped:
+            self.say(f"updates that were left out, because their loss or gradient was not finite:"
+                     f" {self.skipped} (a lower --lr may help)")
         self.progress.bar.close()
 
     def write(self, **record) -> None:

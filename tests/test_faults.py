@@ -218,6 +218,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, halves, data, c
     assert_same_run(whole, halves)
 
 
+def test_a_run_without_a_whole_checkpoint_says_how_to_start_again(halves, data):
+    for path in halves.glob("*.pt"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="best.pt is damaged .*: choose another --out to start"):
+        main([*SHORT, "--data", str(data), "--out", str(halves), "--resume"])
+
+
 def test_a_damaged_best_checkpoint_is_replaced(halves, data, capsys):
     (halves / "step-00000030.pt").unlink()
     (halves / "best.pt").write_bytes(b"damaged")
@@ -475,9 +482,12 @@ def poison(monkeypatch):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_an_update_that_is_not_finite_is_skipped_and_logged(gradient, poison, data, tmp_path):
+def test_an_update_that_is_not_finite_is_skipped_and_logged(
+    gradient, poison, data, tmp_path, capsys
+):
     weights = poison({3, 14, 15, 30}, gradient)
     main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
+    assert "loss or gradient was not finite: 4 (a lower --lr may help)\n" in capsys.readouterr().out
     for step in range(1, 30):
         assert equal_weights(weights[step], weights[step + 1]) == (step in (3, 14, 15))
     updates, before = read_log(tmp_path)[0], 0
