@@ -177,7 +177,6 @@ def generate(
                 n_cached = max(1, length // 2)
                 rest = texts[:, length - n_cached + 1 :]  # one token less: the new one comes too
                 start = torch.cat((rest, tokens[:, None]), dim=1)  # (B, n_cached)
-                texts[:, :n_cached] = start
                 tokens.copy_(draw(read(start)))
                 position.fill_(n_cached)
             else:
