@@ -296,7 +296,6 @@ def build_model(
     torch.set_float32_matmul_precision("high")
     # broadcast_buffers is the old name: older versions of torch do not have the new one.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")
-    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")  # on purpose
     torch.manual_seed(train.seed)
     aside = torch.Generator(device).manual_seed(train.seed + 10**6)  # for random knocks alone
     with torch.device("meta"):
@@ -315,7 +314,7 @@ def build_model(
     if n_process > 1:
         torch._dynamo.config.optimize_ddp = False  # it would split blocks and compile each again
         ids = [torch.device(device)] if on_gpu else None
-        # Backward sums gradients on the stream of this call; a graph cannot hold the default one.
+        # Backward adds gradients on the stream of this call. A graph cannot hold the default one.
         with on_side_stream() if becomes_graph(model, train, n_process) else nullcontext():
             return model, DistributedDataParallel(
                 model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True

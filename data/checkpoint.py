@@ -276,13 +276,13 @@ def check_none_newer(folder: str, step: int) -> None:
 
 def read_newest(paths: list[str]) -> dict:
     """The first checkpoint of paths, newest first, that is whole; says so if it is an older one.
-    Raises ValueError if there is none, OSError if one cannot be read."""
+    Raises ValueError if none is whole, OSError if one cannot be read."""
     for path in paths:
         try:
             return read_checkpoint(path)
         except ValueError as error:
             if path == paths[-1]:
-                raise ValueError(f"{error}: choose another --out to start again") from error
+                raise ValueError(f"{error} (to start again, choose another --out)") from error
             print(f"train.py: warning: {error}: going on from the checkpoint before it",
                   file=sys.stderr)
 

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -79,9 +79,9 @@ def can_capture(model: Transformer) -> bool:
 
 @functools.cache
 def side_stream() -> torch.cuda.Stream:
-    """The stream on which DDP sums gradients, and on which its update is captured as a graph. A
-    graph cannot hold work of the default stream. With a stream for each of the two, autograd would
-    keep all gradients of an update at once."""
+    """The stream on which DDP is made, does its updates, and is captured as a graph. Backward adds
+    gradients on the stream on which DDP was made, and a graph cannot hold work of the default one.
+    Updates on another stream would have to keep all their gradients at once."""
     return torch.cuda.Stream()
 
 
@@ -118,7 +118,7 @@ def capture(
 def graphed(work: Callable[[Tensor], Any], n_process: int) -> Callable[[Tensor], Any]:
     """`work` on tensors of one shape, first called as it is and later as a CUDA graph. A CPU is too
     slow to launch the many small kernels of a small model one by one. With many processes the first
-    eleven calls are without a graph: DDP measures ten of them, which a graph cannot hold."""
+    eleven calls have no graph: DDP measures ten, and reads the last time in the eleventh."""
     n_before, stream = (1, None) if n_process == 1 else (11, side_stream())
     n_calls, place, replay = 0, None, None
 
@@ -126,7 +126,8 @@ def graphed(work: Callable[[Tensor], Any], n_process: int) -> Callable[[Tensor],
         nonlocal n_calls, place, replay
         n_calls += 1
         if n_calls <= n_before:
-            return work(x)
+            with on_side_stream() if stream else nullcontext():
+                return work(x)
         if replay is None:
             place = torch.empty_like(x)
             replay = capture(lambda: work(place), stream=stream)

@@ -1,5 +1,5 @@
-"""The cross-entropy of `Transformer.forward` in chunks: the same numbers, with less memory. Every
-target counts: there is no -100 for tokens to leave out."""
+"""The cross-entropy of `Transformer.forward` in chunks: the same numbers, with less memory. But
+that leaves out targets of -100, as F.cross_entropy does, and here they are an error."""
 
 from collections.abc import Callable
 

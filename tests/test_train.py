@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import shutil
+from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 
 import train
 from data.checkpoint import load_checkpoint, restore
-from data.device import Moment, graphed, start_compilers
+from data.device import Moment, graphed, on_side_stream, start_compilers
 from data.evaluation import evaluate
 from data.figures import flops_per_token, memory_advice
 from data.hf import export_hf
@@ -323,6 +324,25 @@ def test_an_update_of_one_micro_batch_in_each_process_becomes_a_graph(monkeypatc
         assert train.becomes_graph(model, settings, n_process) == becomes
     monkeypatch.setattr(train, "can_capture", lambda model: False)
     assert not train.becomes_graph(model, TrainConfig(micro_batch=4, batch_tokens=32), 1)
+
+
+def test_work_on_the_side_stream_comes_between_what_is_before_and_after(monkeypatch):
+    said = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} waits for {other.name}")
+
+    default, side = Stream("default"), Stream("side")
+    monkeypatch.setattr("data.device.side_stream", lambda: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: default)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext(said.append(s.name)))
+    with on_side_stream():
+        said.append("work")
+    assert said == ["side waits for default", "side", "work", "default waits for side"]
 
 
 @pytest.mark.parametrize("n_process, n_before", [(1, 1), (2, 11)])
