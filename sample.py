@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from data.checkpoint import load_checkpoint
-from data.device import Moment, can_capture, capture, pick_device
+from data.device import can_capture, capture, copy_to_cpu, pick_device
 from data.evaluation import bits_per_byte, evaluate
 from data.hf import export_hf
 from data.script import parse_args, run_script
@@ -170,8 +170,7 @@ def generate(
 
     ended, n_step = [False] * n_samples, 0
     for i in range(max_new_tokens):
-        new = tokens.to("cpu", non_blocking=tokens.is_cuda, copy=True)
-        arrived = Moment(str(device))
+        arrive = copy_to_cpu(tokens)
         if i + 1 < max_new_tokens:  # the device goes on while this token is read
             if n_cached == length:
                 n_cached = max(1, length // 2)
@@ -184,8 +183,7 @@ def generate(
                     step = capture(step, generator)
                 step()
                 n_cached, n_step = n_cached + 1, n_step + 1
-        arrived.wait()
-        new = new.tolist()
+        new, _ = arrive()
         ended = [end or token == eot for token, end in zip(new, ended, strict=True)]
         yield [None if end else token for token, end in zip(new, ended, strict=True)]
         if all(ended):

@@ -34,6 +34,7 @@ from data.checkpoint import FORMAT, Saver, list_to_resume, read_newest, restore,
 from data.device import (
     Moment,
     can_capture,
+    copy_to_cpu,
     graphed,
     on_device,
     on_side_stream,
@@ -224,19 +225,9 @@ def balance_experts(model: Transformer, rate: Tensor, rule: str) -> Tensor:
 
 
 def to_cpu(numbers: Tensor, stops: bool) -> Callable[[], tuple[list[float], Moment]]:
-    """Copy an update's numbers to the CPU, with one more at the end: above 0 if any process stops.
-    Returns a function that gives the list, and the moment at which the device had it. A CUDA GPU
-    copies while the CPU goes on; the function waits for it."""
+    """`copy_to_cpu` of an update's numbers and of one more: above 0 if any process stops."""
     n_stopping = sum_over_processes(torch.full((1,), float(stops), device=numbers.device))
-    numbers = torch.cat((numbers, n_stopping))
-    copy = numbers.to("cpu", non_blocking=numbers.is_cuda)
-    moment = Moment(str(numbers.device))
-
-    def wait() -> tuple[list[float], Moment]:
-        moment.wait()
-        return copy.tolist(), moment
-
-    return wait
+    return copy_to_cpu(torch.cat((numbers, n_stopping)))
 
 
 def lr_at(step: int, train: TrainConfig) -> float:

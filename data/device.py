@@ -64,6 +64,19 @@ class Moment:
         return self.time - earlier.time
 
 
+def copy_to_cpu(x: Tensor) -> Callable[[], tuple[list, Moment]]:
+    """Copy x to the CPU. Returns a function that gives the list, and the moment at which the device
+    had it. A CUDA GPU copies while the CPU goes on; the function waits for it."""
+    copy = x.to("cpu", non_blocking=x.is_cuda, copy=True)
+    moment = Moment(str(x.device))
+
+    def wait() -> tuple[list, Moment]:
+        moment.wait()
+        return copy.tolist(), moment
+
+    return wait
+
+
 def can_capture(model: Transformer) -> bool:
     """Whether a CUDA graph can hold what the model does.
 
@@ -101,7 +114,8 @@ def capture(
     stream: torch.cuda.Stream | None = None,
 ) -> Callable[[], Any]:
     """`work` as a CUDA graph: each call launches the same kernels on the same memory, all at once,
-    and returns the same tensors. `work` must have run before. It may draw from `generator`."""
+    and returns the same tensors. `work` must have run before. It may draw from `generator`. It is
+    captured on `stream`; None: on one of torch's own."""
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
