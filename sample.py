@@ -102,6 +102,20 @@ def sample_logits(
     return (tokens.gather(-1, drawn) if cuts else drawn).squeeze(-1)
 
 
+def check_sampling(
+    n_samples: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
+    """Raises ValueError for an option of `generate` that is impossible with any model."""
+    if min(n_samples, max_new_tokens) < 1:
+        raise ValueError("n_samples and max_new_tokens must be at least 1")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be from -2^63 to 2^64 - 1, not {seed}")
+    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
+        raise ValueError(
+            "temperature and top_k must not be negative, and top_p must be above 0 and at most 1"
+        )
+
+
 @torch.inference_mode()
 def generate(
     model: Transformer,
@@ -131,14 +145,7 @@ def generate(
         raise ValueError(
             f"the prompt has a token outside the model's vocabulary of {config.vocab_size}"
         )
-    if min(n_samples, max_new_tokens) < 1:
-        raise ValueError("n_samples and max_new_tokens must be at least 1")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must be from -2^63 to 2^64 - 1, not {seed}")
-    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
-        raise ValueError(
-            "temperature and top_k must not be negative, and top_p must be above 0 and at most 1"
-        )
+    check_sampling(n_samples, max_new_tokens, temperature, top_k, top_p, seed)
     prompt = prompt[-config.block_size :]
     length = min(config.block_size, len(prompt) + max_new_tokens)
     generator = torch.Generator(device).manual_seed(seed)
@@ -327,7 +334,9 @@ def main(argv: list[str]) -> None:
             options["prompt"] = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"the prompt is not UTF-8 text ({error}): convert it") from error
-    model, checkpoint = load_checkpoint(options.pop("checkpoint"), device)
+    path, prompt = options.pop("checkpoint"), options.pop("prompt")
+    check_sampling(**options)  # loading a large model takes a while
+    model, checkpoint = load_checkpoint(path, device)
     loss = checkpoint.get("val_loss")
     held_out = f", held-out loss {loss:.4f}" if loss is not None else ""
     print(f"{checkpoint['path']}: step {checkpoint['step']}{held_out}", file=sys.stderr)
@@ -344,7 +353,7 @@ def main(argv: list[str]) -> None:
     lighten(model)
     if compiled:
         compile_steps(model, options["n_samples"])
-    write_samples(model, tokenizer, **options)
+    write_samples(model, tokenizer, prompt, **options)
 
 
 if __name__ == "__main__":

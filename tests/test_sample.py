@@ -186,6 +186,7 @@ def test_the_script_writes_samples(model, run_here):
     [
         ("--checkpoint none.pt", "no checkpoint at"),
         ("--checkpoint broken.pt", "damaged"),
+        ("--checkpoint none.pt --top_p 2", "top_p must be"),  # before a model is loaded
         ("--prompt -x1", "a value needs =, as in --option=-VALUE"),
         ("--top 5", "unknown option --top: did you mean --top_"),
         ("--device tpu", "device 'tpu' is not available"),
