@@ -479,14 +479,14 @@ class FoldedGate(nn.Module):
 
 @torch.no_grad()
 def fold(model: nn.Module, value: str | None = None, output: str | None = None) -> nn.Module:
-    """Fold the knocks of a trained model into its weights, in place; returns it. Its outputs stay
-    the same. t goes into W^Q, W^K, W^V (eq. 8), and so do W^up and W^gate; a `FoldedGate` remains.
-    Where heads serve as values alone, W^down goes into W^O: attention is linear in values. For a
-    model that is not ours, `value` and `output` name the two nn.Linear, "v_proj" and "o_proj" say.
-    Leave both out if more than attention is between them: a norm (BitNet), a gate (Qwen3-Next).
-    Raises ValueError, with nothing changed, for an MLP knock on a projection with bias or on a part
-    of its outputs, if `value` is not there or no plain nn.Linear `output` beside it, and for
-    weights that are shared by layers, sharded by FSDP, or computed (pruning, a weight norm)."""
+    """Fold the knocks of a `Transformer` or by `add_knocks` into the weights, in place; returns the
+    model. Its outputs stay the same. t goes into W^Q, W^K, W^V (eq. 8), and so do W^up and W^gate;
+    a `FoldedGate` remains. Other knocks stay as they are. Where heads serve as values alone, W^down
+    goes into W^O: attention is linear in values. For a model that is not ours, `value` and `output`
+    name the two nn.Linear, "v_proj" and "o_proj" say. Leave both out if more than attention is
+    between them: a norm (BitNet), a gate (Qwen3-Next). Raises ValueError, with nothing changed, for
+    an MLP knock on a projection with bias or on a part of its outputs, if `value` is not there or
+    no plain nn.Linear `output` beside it, and for shared, sharded or computed weights."""
     if isinstance(model, Transformer):
         value, output = ("wv", "wo") if model.config.attention == "gqa" else (None, None)
     for part, wo in plan_fold(model, value, output):  # all checks come before the first change
@@ -522,7 +522,7 @@ def plan_fold(model: nn.Module, value: str | None, output: str | None) -> list[t
         if not isinstance(part, Heads | KnockedLinear):
             continue
         knocks = [part.knock] if isinstance(part, Heads) else part.knocks
-        kinds, wo = {knock.kind for knock in knocks} - {"none", "folded"}, None
+        kinds, wo = {knock.kind for knock in knocks} & {"linear", "mlp", "gate"}, None
         bias, whole = getattr(part, "bias", None), [(0, len(part.weight))]
         if kinds - {"linear"} and (bias is not None or getattr(part, "rows", whole) != whole):
             raise ValueError(f"cannot fold {name}: its MLP knock must be on all outputs, no bias")

@@ -48,6 +48,7 @@ from data.log import Log, check_new
 from data.loss import chunked_loss
 from data.prepare import DEFAULT_DATA, find_data
 from data.processes import (
+    is_first,
     join_processes,
     leave_processes,
     n_processes,
@@ -165,14 +166,16 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
         config, checkpoint = Config(**{**CONFIGS[name], **shape}), None
     if not resume:
         check_new(train.out)
+    elif os.path.exists(os.path.join(train.out, "log.jsonl")) and is_first():
+        print(f"train.py: warning: {train.out} has a log and no checkpoint: the run starts again,"
+              " with the settings of this command", file=sys.stderr)
     return config, train, checkpoint
 
 
 def warn_of_a_jump(before: TrainConfig, after: TrainConfig, step: int) -> None:
     """Say so, once, if resumed settings move the learning rate by more than a tenth."""
     old, new = lr_at(min(step, before.steps - 1), before), lr_at(step, after)
-    is_first = os.environ.get("RANK", "0") == "0"
-    if is_first and step < after.steps and abs(new - old) > 0.1 * old:
+    if is_first() and step < after.steps and abs(new - old) > 0.1 * old:
         print(f"train.py: warning: the learning rate goes from {old:.3g} to {new:.3g} at step"
               f" {step + 1}, because its schedule is another one now", file=sys.stderr)
 

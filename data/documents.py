@@ -227,17 +227,24 @@ class LeftOut:
     """Counts what does not become a document."""
 
     skipped_files: int = 0  # in folders, without text
+    file_examples: tuple[str, ...] = ()  # the first three skipped files
     dropped_documents: int = 0  # duplicate or empty
     skipped_rows: int = 0
     rows: int = 0  # the skipped ones included
-    examples: tuple[str, ...] = ()  # the first three skipped rows
+    row_examples: tuple[str, ...] = ()  # the first three skipped rows
+
+    def skip_file(self, name: str, why: str) -> None:
+        """Count a file in a folder that has no text."""
+        self.skipped_files += 1
+        if self.skipped_files <= 3:
+            self.file_examples += (f"{name}: {why}",)
 
     def check_rows(self, field: str, at_least: int = 0) -> None:
         """Raises ValueError if more than 1% of the rows, or of `at_least`, were skipped."""
         if self.skipped_rows > max(self.rows, at_least) / 100:
             raise ValueError(f"{self.skipped_rows:,} of {self.rows:,} rows, more than 1%, have no "
-                             f"valid text in the field {field!r}: {'; '.join(self.examples)}: mend "
-                             "them (of JSON each line is a row) or name another --field")
+                             f"valid text in the field {field!r}: {'; '.join(self.row_examples)}: "
+                             "mend them (of JSON each line is a row) or name another --field")
 
 
 def read_documents(sources: list[Source], field: str, left_out: LeftOut) -> Iterator[Document]:
@@ -272,7 +279,7 @@ def read_text(source: Source, left_out: LeftOut) -> Iterator[Document]:
         if not source.found:
             raise ValueError(
                 f"{source.name} is not UTF-8 text ({error}): convert or omit it") from error
-        left_out.skipped_files += 1
+        left_out.skip_file(source.name, "not UTF-8 text")
         return
     yield Document(source.name, digest, read_again(source))
 
@@ -298,7 +305,7 @@ def read_rows(source: Source, field: str, left_out: LeftOut) -> Iterator[Documen
     rows = iter(source.rows)
     first = list(islice(rows, 100 if source.found else 0))
     if source.found and all(row_text(row, field) is None for _, row in first):
-        left_out.skipped_files += 1
+        left_out.skip_file(source.name, f"no text in the field {field!r}")
         return
     for number, row in chain(first, rows):
         left_out.rows += 1
@@ -308,7 +315,7 @@ def read_rows(source: Source, field: str, left_out: LeftOut) -> Iterator[Documen
             continue
         left_out.skipped_rows += 1
         if left_out.skipped_rows <= 3:
-            left_out.examples += (f"{name}: {row!r:.80}",)
+            left_out.row_examples += (f"{name}: {row!r:.80}",)
         left_out.check_rows(field, at_least=1000)  # not after hours; ten may come first
 
 

@@ -33,10 +33,9 @@ def knock_movement(model: Transformer) -> dict[str, tuple[float, float]]:
     movement = {}
     for place, knock in knocks_of(model).items():
         for name, p in knock.named_parameters():
-            p = whole(p)
-            diagonal = p.diagonal()
-            rest = p - diagonal.diag()
-            movement[f"{place}.{name}"] = (diagonal.mean().item(), rest.norm().item())
+            rest = whole(p).clone()
+            diagonal = rest.diagonal().mean().item()
+            movement[f"{place}.{name}"] = (diagonal, rest.fill_diagonal_(0).norm().item())
     return movement
 
 

@@ -116,7 +116,11 @@ def export_weights(model: Transformer) -> dict[str, torch.Tensor]:
     """The weights of the folded model by their names in transformers."""
     kept = {id(p): p for name, p in model.named_parameters() if ".attn." not in name}
     ours, weights = fold(copy.deepcopy(model, kept)).state_dict(), {}  # only attention is copied
-    for our, theirs in hf_names(model.config).items():
+    names = hf_names(model.config)
+    for name in ours:
+        if ".knock." in name and name not in names:
+            raise ValueError(f"cannot export {name}: fold and modeling_kha.py do not know its kind")
+    for our, theirs in names.items():
         weight = ours[our]
         # experts: (E, in, out) -> (E * out, in)
         rows = weight.mT.flatten(0, 1) if weight.dim() == 3 else weight

@@ -167,7 +167,8 @@ def write_data(folder: Path, inputs: list[str], encoding: tiktoken.Encoding, fie
     total = sum(source.path.stat().st_size for source in sources if source.path)
     ends = write_tokens(folder / "train.bin", documents, encoding, workers, total)
     if not digests:
-        raise ValueError(f"no text: {left_out.skipped_files:,} files in folders were skipped, "
+        why = f" ({'; '.join(left_out.file_examples)})" if left_out.file_examples else ""
+        raise ValueError(f"no text: {left_out.skipped_files:,} files in folders were skipped{why}, "
                          f"{left_out.dropped_documents:,} documents are empty: name other files "
                          "or, for rows, another --field")
     hashes = np.frombuffer(digests, np.uint64)
@@ -177,6 +178,7 @@ def write_data(folder: Path, inputs: list[str], encoding: tiktoken.Encoding, fie
             "eot": encoding.eot_token, "dtype": token_dtype(encoding).name,
             "sources": inputs or [stdlib], "val_fraction": val_fraction,
             "skipped_files": left_out.skipped_files, "skipped_rows": left_out.skipped_rows,
+            "skipped_examples": [*left_out.file_examples],
             "dropped_documents": left_out.dropped_documents, **splits}
 
 
@@ -220,6 +222,8 @@ def main(argv: list[str]) -> None:
               f"{meta['tokenizer']} tokens, {counts['bytes']:,} bytes of text")
     print(f"skipped {meta['skipped_files']:,} files without text and {meta['skipped_rows']:,} bad "
           f"rows; dropped {meta['dropped_documents']:,} duplicate or empty documents")
+    for example in meta["skipped_examples"]:
+        print(f"skipped, for example, {example}")
     if (shorter := min(meta[split]["tokens"] for split in SPLITS)) < SEQUENCE:
         print(f"prepare.py: warning: with so little text, train.py needs --block_size "
               f"{shorter - 1} or less", file=sys.stderr)

@@ -33,6 +33,11 @@ def join_processes(device: str) -> tuple[int, int, str]:
     return rank, n_process, device
 
 
+def is_first() -> bool:
+    """Whether this is the first process of torchrun's, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def n_processes() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -18,6 +18,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+# Options of nanoGPT, which many readers know, and what they are here.
+NANOGPT = {
+    "--batch_size": "--micro_batch", "--gradient_accumulation_steps": "--batch_tokens",
+    "--learning_rate": "--lr", "--max_iters": "--steps", "--eval_interval": "--eval_every",
+    "--out_dir": "--out", "--dataset": "--data", "--init_from": "--init or --resume",
+}  # fmt: skip
+
 
 def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     """Run `main(argv)` and exit. Bad input (ValueError, OSError) is one line on stderr, code 2."""
@@ -59,7 +66,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Nam
     known option."""
 
     def fail(message: str) -> NoReturn:
-        raise ValueError(message)
+        hint = ": the name of its option comes first, see --help"
+        raise ValueError(message + (hint if message.startswith("unrecognized") else ""))
 
     parser.error = fail  # argparse's own prints the usage and exits
     options = [name for action in parser._actions for name in action.option_strings]
@@ -68,9 +76,10 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Nam
         option = word.split("=")[0]
         if re.fullmatch(r"--?[a-zA-Z]\S*", option) and option not in options:
             hint = "" if option.startswith("--") else " (a value needs =, as in --option=-VALUE)"
-            raise ValueError(
-                f"unknown option {option}: {nearest(option, options, 'see --help')}{hint}"
-            )
+            guess = NANOGPT.get(option)
+            advice = guess and f"nanoGPT's, here it is {guess}"
+            advice = advice or nearest(option, options, "see --help")
+            raise ValueError(f"unknown option {option}: {advice}{hint}")
     args = parser.parse_intermixed_args(argv)
     for name, value in vars(args).items():
         if value == "" and name not in ("prompt", "field"):
@@ -84,7 +93,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Nam
 
 def nearest(word: str, choices: Iterable[str], otherwise: str) -> str:
     """The hint that ends an error message about the unknown `word`."""
-    matches = difflib.get_close_matches(word, choices, n=1)
+    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.75)
     return f"did you mean {matches[0]}?" if matches else otherwise
 
 

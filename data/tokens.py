@@ -13,7 +13,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from data.script import nearest
+from data.script import is_taken, nearest
 from data.tokenizer_json import END, PIECES, JsonTokenizer
 
 SPLITS = ("train", "val")
@@ -111,11 +111,11 @@ def load_meta(folder: str) -> dict[str, Any]:
     """The meta.json of a prepared folder. That its files are there and complete is checked.
 
     Keys: tokenizer (what load_tokenizer takes), tokenizer_sha256 (if that is a file), vocab_size,
-    eot (a token id), sources, val_fraction, dtype (of the .bin files), skipped_files, skipped_rows,
-    dropped_documents, and for train and val each: documents, tokens, bytes (of UTF-8 text) and
-    sha256 (of the .bin file). Nats per token * tokens / bytes / ln 2 are bits per byte. Raises
-    FileNotFoundError if a file is missing, ValueError if one is damaged, or if the tokenizer.json
-    is not the one of the tokens.
+    eot (a token id), sources, val_fraction, dtype (of the .bin files), skipped_files,
+    skipped_examples (some of these), skipped_rows, dropped_documents, and for train and val each:
+    documents, tokens, bytes (of UTF-8 text) and sha256 (of the .bin file). Nats per token * tokens
+    / bytes / ln 2 are bits per byte. Raises FileNotFoundError if a file is missing, ValueError if
+    one is damaged, or if the tokenizer.json is not the one of the tokens.
     """
     again = f"delete {folder} and run data/prepare.py again"
     path = Path(folder, "meta.json")
@@ -123,6 +123,10 @@ def load_meta(folder: str) -> dict[str, Any]:
         if Path(folder).is_file():
             raise FileNotFoundError(f"{folder} is a file: name a folder that data/prepare.py made "
                                     "(python data/prepare.py my_texts --out data/mine makes one)")
+        if is_taken(folder):
+            raise FileNotFoundError(f"{folder} holds no prepared data: if it holds your texts, run "
+                                    f"python data/prepare.py {folder} --out data/mine, and name "
+                                    "data/mine here")
         raise FileNotFoundError(f"no prepared data in {folder}: run python data/prepare.py --out "
                                 f"{folder} (your own texts, if any, go before --out)")
     try:

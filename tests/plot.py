@@ -8,6 +8,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+from kha import STARTS
 from tests.report import (
     Findings,
     best_runs,
@@ -246,7 +247,7 @@ def draw_matrices(matrices: dict[str, np.ndarray], path: Path) -> Path:
         rows.setdefault(kind, []).append((int(layer), matrix.astype(np.float32)))
 
     def order(row: tuple) -> tuple:
-        return ("t", "up", "gate", "down").index(row[0].split(".")[-1]), row[0]
+        return list(STARTS).index(row[0].split(".")[-1]), row[0]
 
     n_layer = max(len(layers) for layers in rows.values())
     size = (1.5 + n_layer, 0.5 + len(rows))

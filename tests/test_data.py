@@ -123,13 +123,14 @@ def test_the_script_says_what_it_has_done(capsys):
     write("in/b.png", PNG)
     write("in/rows.jsonl", rows_with(["{}"], 200))
     main(["in", "--out", "out"])
-    *counts, skipped, wrote = capsys.readouterr().out.splitlines()
+    *counts, skipped, a, b, wrote = capsys.readouterr().out.splitlines()
     meta = load_meta("out")
     for split, line in zip(("train", "val"), counts, strict=True):
         n = meta[split]
         assert line == (f"{split}: {n['documents']} documents, {n['tokens']:,} byte tokens,"
                         f" {n['bytes']:,} bytes of text")
     assert skipped.startswith("skipped 2 files without text and 1 bad rows; dropped 7 duplicate")
+    assert a == "skipped, for example, in/a.png: not UTF-8 text" and "in/b.png" in b
     assert wrote == "wrote out"
 
 
@@ -805,10 +806,12 @@ def test_an_unreadable_file(run_here):
     (["one", "--out", "out", "--field", ""], ["no text", "1 files in folders"]),
     (["a.txt", "--out", "out", "--field", "text"], ["--field text is for rows", "leave it out"]),
     (["--verify", "full", "--out", "out"], ["--verify FOLDER", "nothing else"]),
-    (["--verify", "full"], ["no prepared data in full"]),
+    (["--verify", "none"], ["no prepared data in none: run python data/prepare.py --out none"]),
+    (["--verify", "full"], ["full holds no prepared data", "data/prepare.py full --out data/mine"]),
     (["--verify", ""], ["--verify is empty: give it a value, or leave it out"]),
     (["a.txt", "--out", ""], ["--out is empty: give it a value, or leave it out"]),
     (["a.txt"], ["--out"]),
+    (["a.txt", "--out", "out", "--dropout", "0"], ["unknown option --dropout: see --help"]),
     (["a.txt", "--otu", "out"], ["unknown option --otu: did you mean --out?"]),
     (["a.txt", "--tokenzier=byte"], ["unknown option --tokenzier: did you mean --tokenizer?"]),
     (["a.txt", "--out", "out", "--work", "2"], ["unknown option --work", "--workers"]),
@@ -822,7 +825,7 @@ def test_an_unreadable_file(run_here):
     (["empty", "--out", "out"], ["no files in empty"]),
     (["one", "--out", "out"], ["2 tokens of text are too few", "add more text"]),
     (["nothing.jsonl", "--out", "out"], ["no text"]),
-    (["binary", "--out", "out"], ["no text", "1 files in folders were skipped"]),
+    (["binary", "--out", "out"], ["no text", "skipped (binary/a.png: not UTF-8"]),
     (["deep.jsonl", "--out", "out"], ["1 of 1 rows", "no valid text", "deep.jsonl:1: "]),
     (["a.txt", "--out", "full"], ["full already exists"]),
     (["a.txt", "--out", "a.txt"], ["a.txt already exists"]),

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import kha
 import sample
 from data.figures import knock_movement
 from data.hf import export_hf, import_hf
@@ -187,6 +188,12 @@ def test_what_transformers_has_not_is_refused(overrides, message, byte, tmp_path
     with pytest.raises(ValueError, match=message) as error:
         export_hf(ours(**overrides), tmp_path / "hf", byte)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_kind_of_knock_of_ones_own_is_not_exported(byte, tmp_path, monkeypatch):
+    monkeypatch.setitem(kha.KNOCKS, "tanh", ("gate",))
+    with pytest.raises(ValueError, match="cannot export blocks.0.attn.wv.knock.gate"):
+        export_hf(ours(knock_v="tanh"), tmp_path / "hf", byte)
 
 
 def test_export_overwrites_nothing(byte, tmp_path, strict_disk):

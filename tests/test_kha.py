@@ -111,6 +111,8 @@ def test_knock_movement_reports_diagonal_and_the_rest():
         t.copy_(torch.eye(8) * 0.5)
         t[0, 1], t[3, 2] = 3, -4
     assert knock_movement(model)["blocks.0.attn.wq.knock.t"] == (0.5, 5)
+    knocks_of(model)["blocks.0.attn.wq.knock"].t = torch.nn.Parameter(torch.ones(2, 3))
+    assert knock_movement(model)["blocks.0.attn.wq.knock.t"] == (1, 2)  # a kind of one's own
 
 
 # --- the start ---
@@ -395,6 +397,21 @@ def test_a_folded_model_folds_again_to_itself():
         tokens = torch.randint(50, (2, 9))
         before = folded(tokens)
         assert torch.equal(fold(folded)(tokens), before)
+
+
+def test_a_fold_leaves_a_kind_of_ones_own(monkeypatch):
+    before = Knock.forward
+
+    def forward(knock: Knock, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(x @ knock.gate) if knock.kind == "tanh" else before(knock, x)
+
+    monkeypatch.setitem(kha.KNOCKS, "tanh", ("gate",))
+    monkeypatch.setattr(Knock, "forward", forward)
+    model = scramble(Transformer(Config(**SMALL | dict(knock_q="linear", knock_v="tanh"))))
+    tokens = torch.randint(50, (2, 9))
+    folded = fold(copy.deepcopy(model))
+    assert [name.split(".")[-2] for name in knocks_of(folded)] == ["wv", "wv"]
+    torch.testing.assert_close(folded(tokens), model(tokens))
 
 
 def test_what_a_fold_leaves():
