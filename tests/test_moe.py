@@ -139,17 +139,3 @@ def test_balancing_evens_out_a_skewed_router(rule):
         moe.balance(5e-3, rule)
     moe(x)
     assert moe.load.max() / moe.load.mean() < 1.1
-
-
-def test_the_bias_takes_no_gradient_and_does_not_weigh():
-    moe = make_moe()
-    x = torch.randn(20, C)
-    assert "bias" not in dict(moe.named_parameters()) and not moe.bias.requires_grad
-    chosen, weights = moe.route(x)
-    moe.bias += 3  # the same for all: nothing changes
-    same, same_weights = moe.route(x)
-    order, same_order = chosen.sort(-1), same.sort(-1)
-    assert torch.equal(order.values, same_order.values)
-    torch.testing.assert_close(
-        weights.gather(-1, order.indices), same_weights.gather(-1, same_order.indices)
-    )
