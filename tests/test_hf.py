@@ -158,19 +158,6 @@ def test_without_trust_nothing_is_computed_wrongly(byte, tmp_path, monkeypatch):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
 
 
-def test_the_shared_expert_of_a_mixture_is_zero(byte, tmp_path):
-    model, tokens = ours(**MIXTURE), random_tokens(2, 9)
-    export_hf(model, tmp_path / "hf", byte)
-    loaded = load(tmp_path / "hf")
-    whole = logits(loaded, tokens)
-    for layer in loaded.model.layers:
-        shared = layer.mlp.shared_experts
-        assert {tuple(p.shape) for p in shared.parameters()} == {(40, 24), (24, 40)}
-        assert not any(p.any() for p in shared.parameters())
-        shared.forward = torch.zeros_like
-    assert torch.equal(logits(loaded, tokens), whole)
-
-
 def test_export_keeps_the_dtype(byte, tmp_path):
     export_hf(ours(n_expert=4, top_k=2, knock_v="mlp").bfloat16(), tmp_path / "hf", byte)
     assert load(tmp_path / "hf", dtype="auto").dtype == torch.bfloat16
