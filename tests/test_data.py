@@ -575,12 +575,6 @@ def test_a_json_file_that_is_one_list_is_refused_with_a_hint(run_here):
     assert_refused(done, "3 of 4 rows", "of JSON each line is a row")
 
 
-def test_a_wrong_field_is_noted_early():
-    write("a.jsonl", '{"body": "x"}\n' * 100_000)
-    with pytest.raises(ValueError, match='11 of 11 rows.*{"body": "x"}'):
-        prepare(["a.jsonl"], "out")
-
-
 @pytest.fixture
 def server():
     class Quiet(http.server.SimpleHTTPRequestHandler):
