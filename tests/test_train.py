@@ -102,15 +102,6 @@ def test_resume_takes_the_shape_from_the_checkpoint_and_not_from_the_named_confi
     assert parse_config(["--resume"])[1].out == "out/toy"
 
 
-def test_gradient_accumulation_is_the_large_batch(data, tmp_path):
-    losses = []
-    for micro in ("8", "2"):
-        out = str(tmp_path / micro)
-        main([*SHORT, "--data", str(data), "--out", out, "--micro_batch", micro, "--steps", "10"])
-        losses.append([line["loss"] for line in read_log(tmp_path / micro)[0]])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("experts", ["--n_expert 0 --top_k 0", ""], ids=["dense", "mixture"])
 def test_on_a_gpu_a_graph_many_micro_batches_and_a_cpu_learn_the_same(experts, data, tmp_path):
