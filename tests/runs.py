@@ -54,7 +54,7 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def run_process(*args, preexec_fn=None, env=None, **how):
+def run_process(*args, env=None, **how):
     """Run a script to its end; `env` adds to the environment."""
     return subprocess.run(
         command(*args, **how),
@@ -62,7 +62,6 @@ def run_process(*args, preexec_fn=None, env=None, **how):
         capture_output=True,
         text=True,
         timeout=LIMIT,
-        preexec_fn=preexec_fn,
     )
 
 

@@ -51,11 +51,11 @@ def clone(tmp_path, monkeypatch):
     return folder
 
 
-def run_peer(command, data, out="out"):
+def run_peer(command, data):
     """The peer's run as a process; returns its log's updates and evaluations."""
-    done = run_process(*command.split(), "--data", data, "--out", out, script="tests/peers.py")
+    done = run_process(*command.split(), "--data", data, "--out", "out", script="tests/peers.py")
     assert done.returncode == 0, done.stderr
-    return report.read_log(Path(out))
+    return report.read_log(Path("out"))
 
 
 def test_a_line_of_nanogpts_output():

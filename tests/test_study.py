@@ -48,11 +48,11 @@ def grid(steps=20, kinds=("none", "mlp on v, no decay"), seeds=(1,), more=""):
     return study.grid({"": f"{TINY} --steps {steps} {more}".strip()}, kinds, seeds)
 
 
-def work(monkeypatch, data, runs, *args):
+def work(monkeypatch, data, runs):
     """Do the study of these runs; returns the exit code and the results."""
     monkeypatch.setitem(study.STUDIES, "tiny", study.Study("", runs))
     with pytest.raises(SystemExit) as end:
-        study.main(["tiny", "--data", str(data), "--results", "results", *args])
+        study.main(["tiny", "--data", str(data), "--results", "results"])
     return end.value.code, report.read_results(Path("results"))
 
 

@@ -55,7 +55,7 @@ def pattern_of(name, monkeypatch):
     return getattr(openai_public, name)()["pat_str"]
 
 
-def trained(pattern=QWEN, normalizer=None, size=600):
+def trained(pattern=QWEN, normalizer=None):
     """A small tokenizer of the library, trained on the project's files."""
     levels = tokenizers.pre_tokenizers
     split = levels.Split(tokenizers.Regex(pattern), "isolated")
@@ -65,7 +65,7 @@ def trained(pattern=QWEN, normalizer=None, size=600):
     if normalizer:
         tokenizer.normalizer = normalizer
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<|endoftext|>"], show_progress=False,
+        vocab_size=600, special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=levels.ByteLevel.alphabet(),
     )  # fmt: skip
     corpus = [path.read_text() for path in sorted(ROOT.glob("*.py"))] + BITS * 3
