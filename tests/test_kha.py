@@ -17,7 +17,7 @@ from data.loss import chunked_loss
 from kha import Config, Heads, Knock, Transformer, fold, rope_tables, rotate
 from sample import Cache, generate
 from tests import reference
-from tests.reference import scramble
+from tests.reference import relative_error, scramble
 from tests.runs import ROOT
 
 SMALL = dict(reference.SMALL, rope_base=500.0, norm_eps=1e-4)
@@ -200,11 +200,6 @@ def in_pieces(model, tokens, pieces, cache=None):
     return torch.cat(logits, dim=1)
 
 
-def error(a, b):
-    """Relative error of a tensor against the exact one."""
-    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
-
-
 @EVERY_VARIANT
 def test_model_is_the_equations_forward_and_backward(shape):
     model = scramble(Transformer(Config(**{**SMALL, **shape})).double())
@@ -212,13 +207,13 @@ def test_model_is_the_equations_forward_and_backward(shape):
     weights = reference.plain_weights(model)
     exact = reference.forward(model.config, weights, tokens)
     logits = model(tokens)
-    assert error(logits, exact) < 1e-6  # RoPE's angles are float32, whatever the model
+    assert relative_error(logits, exact) < 1e-6  # RoPE's angles are float32, whatever the model
     out_grad = torch.randn_like(exact)
     exact.backward(out_grad)
     logits.backward(out_grad)
     for (name, p), expected in zip(model.named_parameters(), weights.values(), strict=True):
-        assert error(p.grad, expected.grad) < 1e-5, name
-    assert error(model.float()(tokens), exact) < 1e-4
+        assert relative_error(p.grad, expected.grad) < 1e-5, name
+    assert relative_error(model.float()(tokens), exact) < 1e-4
     loss = -exact.log_softmax(-1).gather(-1, tokens[..., None]).mean()
     torch.testing.assert_close(model(tokens, tokens).double(), loss, rtol=1e-4, atol=1e-5)
 
@@ -242,7 +237,7 @@ def test_cross_entropy_in_chunks_is_the_whole_one_forward_and_backward(at_once, 
     loss.backward()
     torch.testing.assert_close(loss, exact)
     for (name, p), gradient in zip(model.named_parameters(), gradients, strict=True):
-        assert error(p.grad, gradient) < 1e-10, name
+        assert relative_error(p.grad, gradient) < 1e-10, name
     with torch.no_grad():  # as in evaluation
         torch.testing.assert_close(model(tokens, targets) * 3, exact)
 
@@ -304,16 +299,16 @@ def test_what_needs_float32_has_it_whatever_the_default_is():
 def test_cached_pieces_give_the_logits_of_the_whole(shape, pieces):
     model = scramble(Transformer(Config(**{**SMALL, **shape})).double()).eval()
     tokens = torch.randint(50, (3, 20))
-    assert error(in_pieces(model, tokens, pieces), model(tokens)) < 1e-10
+    assert relative_error(in_pieces(model, tokens, pieces), model(tokens)) < 1e-10
 
 
 def test_cached_mixture_of_experts_gives_the_logits_of_the_whole():
     """Also with `recompute`, which is for training: train.py samples with it at its end."""
     model = scramble(Transformer(Config(**SMALL, n_expert=4, top_k=2), recompute=True)).eval()
     tokens = torch.randint(50, (3, 20))
-    assert error(in_pieces(model, tokens, [12] + [1] * 8), model(tokens)) < 1e-4
+    assert relative_error(in_pieces(model, tokens, [12] + [1] * 8), model(tokens)) < 1e-4
     model.train()
-    assert error(in_pieces(model, tokens, [12] + [1] * 8), model(tokens)) < 1e-4
+    assert relative_error(in_pieces(model, tokens, [12] + [1] * 8), model(tokens)) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -380,15 +375,15 @@ def test_folded_is_the_same_function_with_fewer_parts(shape):
     for model in (start, scramble(copy.deepcopy(start))):
         folded = fold(copy.deepcopy(model))
         assert not knocks_of(folded)
-        assert error(folded(tokens), model(tokens)) < 1e-10
+        assert relative_error(folded(tokens), model(tokens)) < 1e-10
         caches = [Cache(model, 20), Cache(folded, 20)]
         decoded = [in_pieces(m, tokens, 1, c) for m, c in zip((model, folded), caches, strict=True)]
-        assert error(decoded[1], decoded[0]) < 1e-10
+        assert relative_error(decoded[1], decoded[0]) < 1e-10
         shapes = [[b.shape for layer in c.layers for b in layer.buffers] for c in caches]
         assert shapes[0] == shapes[1]
     for m in (model, folded):
         m.bfloat16()
-    assert error(folded(tokens), model.float()(tokens)) < 0.05
+    assert relative_error(folded(tokens), model.float()(tokens)) < 0.05
 
 
 def test_a_folded_model_folds_again_to_itself():
