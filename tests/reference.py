@@ -44,10 +44,6 @@ def relative_error(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def sigmoid(x):
-    return 1 / (1 + torch.exp(-x))
-
-
 def knock(kind, weights, x):
     """Eq. 5-7, eq. 9 and the gate of Table 2, head by head; x (B, T, H, D)."""
     heads = []
@@ -55,10 +51,10 @@ def knock(kind, weights, x):
         if kind == "linear":
             head = head @ weights["t"]
         if kind == "mlp":
-            up, gate = head @ weights["up"], sigmoid(head @ weights["gate"])
+            up, gate = head @ weights["up"], torch.sigmoid(head @ weights["gate"])
             head = (2 * up * gate) @ weights["down"]
         if kind == "gate":
-            head = 2 * head * sigmoid(head @ weights["gate"])
+            head = 2 * head * torch.sigmoid(head @ weights["gate"])
         heads.append(head)
     return torch.stack(heads, 2)
 
