@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -16,9 +15,9 @@ import torch
 
 import train
 from data.checkpoint import list_checkpoints, load_checkpoint
+from tests.peers import ROOT
 from tests.report import read_log
 
-ROOT = Path(__file__).parent.parent
 LIMIT = 600  # seconds until a process counts as hanging, also on a busy machine
 SHAPE = (
     "--n_layer 1 --n_embd 32 --head_dim 8 --d_ff 32 --n_expert 4 --block_size 32 --micro_batch 4"

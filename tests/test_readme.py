@@ -1,17 +1,16 @@
 """The claims of README.md and BENCHMARKS.md that a machine can check."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 from data.figures import count_params, memory_per_gpu
 from kha import CONFIGS, Config, Transformer
+from tests.peers import ROOT
 from tests.report import by_data, interval, read_results
 from tests.study import RESULTS, STUDIES
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BENCHMARKS = (ROOT / "tests" / "BENCHMARKS.md").read_text()
 
