@@ -60,7 +60,7 @@ class Log:
         path = os.path.join(out, "log.jsonl")
         self.losses = deque(maxlen=100)
         self.spikes = self.skipped = self.skipped_in_a_row = 0
-        self.settings, self.file = {}, None
+        self.out, self.settings, self.file = out, {}, None
         kept = self.read(path, last_step) if last_step and os.path.exists(path) else 0
         if not writes:
             return
@@ -129,7 +129,7 @@ class Log:
         lines so far. `settings` has the fields of both configs and what else stands in line 1. The
         training data have `n_tokens`."""
         train, self.device, self.clock = settings["train"], device, Moment(device)
-        self.out, self.batch_tokens = train["out"], train["batch_tokens"]
+        self.batch_tokens = train["batch_tokens"]
         name = device if not device.startswith("cuda") else torch.cuda.get_device_name(device)
         self.flops_per_token = flops_per_token(model, model.config.block_size)
         self.peak_flops = n_process * (of_gpu(PEAK_FLOPS, name) or 0)  # 0: not known

@@ -384,6 +384,13 @@ def test_a_disk_full_while_logging_leaves_half_a_line_at_most(whole, halves, dat
     assert_same_run(whole, halves)
 
 
+def test_a_full_disk_is_named_before_the_log_begins(tmp_path):
+    """The peers in tests/peers.py write lines without `begin`."""
+    log = Log(str(tmp_path), 0)
+    with limit_files(3), pytest.raises(OSError, match="cannot write .*log.jsonl .*starts again"):
+        log.write(step=1)
+
+
 def test_a_disk_that_is_full_when_the_log_is_brought_to_it(data, tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
