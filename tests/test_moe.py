@@ -34,7 +34,10 @@ def reference(moe, weights, x):
 
 
 def skew(moe, kind):
-    """Biases that leave experts empty, or send every token's first choice to one expert."""
+    """Biases that change some choices, leave experts empty, or send every token's first choice to
+    one expert."""
+    if kind == "some bias":
+        moe.bias.normal_(std=0.3)
     if kind == "two empty experts":
         moe.bias[:2] = -100
     if kind == "all on expert 3":
@@ -44,7 +47,8 @@ def skew(moe, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["as it comes", "two empty experts", "all on expert 3", "all on experts 0 and 5"]
+    "kind",
+    ["as it comes", "some bias", "two empty experts", "all on expert 3", "all on experts 0 and 5"],
 )
 @pytest.mark.parametrize("n_token", [1, 2, 3, 33])
 def test_moe_is_the_loop_forward_and_backward(kind, n_token):
