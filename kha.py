@@ -479,9 +479,9 @@ class FoldedGate(nn.Module):
 
 @torch.no_grad()
 def fold(model: nn.Module, value: str | None = None, output: str | None = None) -> nn.Module:
-    """Fold the knocks of a `Transformer` or by `add_knocks` into the weights, in place; returns the
-    model. Its outputs stay the same. t goes into W^Q, W^K, W^V (eq. 8), and so do W^up and W^gate;
-    a `FoldedGate` remains. Other knocks stay as they are. Where heads serve as values alone, W^down
+    """Fold knocks of a `Transformer`, or those of `add_knocks`, into the weights, in place; returns
+    the model. Its outputs stay the same. t goes into W^Q, W^K, W^V (eq. 8), so do W^up and W^gate;
+    a `FoldedGate` remains. Knocks of other kinds stay. Where heads serve as values alone, W^down
     goes into W^O: attention is linear in values. For a model that is not ours, `value` and `output`
     name the two nn.Linear, "v_proj" and "o_proj" say. Leave both out if more than attention is
     between them: a norm (BitNet), a gate (Qwen3-Next). Raises ValueError, with nothing changed, for

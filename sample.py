@@ -329,13 +329,13 @@ def main(argv: list[str]) -> None:
                 raise ValueError(f"--{name} changes nothing in {task}: leave it out")
     if compiled and not device.startswith("cuda"):
         raise ValueError(f"--compile is for CUDA: leave it out on {device}")
-    if options["prompt"] == "-":
+    path, prompt = options.pop("checkpoint"), options.pop("prompt")
+    check_sampling(**options)  # before a large model is loaded
+    if prompt == "-":
         try:
-            options["prompt"] = sys.stdin.buffer.read().decode()
+            prompt = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"the prompt is not UTF-8 text ({error}): convert it") from error
-    path, prompt = options.pop("checkpoint"), options.pop("prompt")
-    check_sampling(**options)  # loading a large model takes a while
     model, checkpoint = load_checkpoint(path, device)
     loss = checkpoint.get("val_loss")
     held_out = f", held-out loss {loss:.4f}" if loss is not None else ""

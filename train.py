@@ -119,6 +119,13 @@ RECIPES = {
 }  # fmt: skip
 
 
+# Options of nanoGPT, which many readers know, and what they are here.
+NANOGPT = {
+    "--batch_size": "--micro_batch", "--gradient_accumulation_steps": "--batch_tokens",
+    "--learning_rate": "--lr", "--max_iters": "--steps", "--eval_interval": "--eval_every",
+}  # fmt: skip
+
+
 def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     """Command line to (model config, training config, checkpoint to start from or None).
 
@@ -131,7 +138,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     options.add_argument("--resume", action="store_true", default=False,
                          help="go on from the newest checkpoint in --out, if any, with its model"
                          " and settings; the name of a config then only gives the default --out")
-    given = vars(parse_args(options, argv))
+    given = vars(parse_args(options, argv, NANOGPT))
     name, resume = given.pop("config"), given.pop("resume")
     shape = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}
     settings = {"out": f"out/{name}", **RECIPES[name], **given}
@@ -167,8 +174,8 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     if not resume:
         check_new(train.out)
     elif os.path.exists(os.path.join(train.out, "log.jsonl")) and is_first():
-        print(f"train.py: warning: {train.out} has a log and no checkpoint: the run starts again,"
-              " with the settings of this command", file=sys.stderr)
+        print(f"train.py: warning: {train.out} has a log and no checkpoint, so the run starts"
+              " again, with the settings of this command", file=sys.stderr)
     return config, train, checkpoint
 
 

@@ -227,7 +227,7 @@ class LeftOut:
     """Counts what does not become a document."""
 
     skipped_files: int = 0  # in folders, without text
-    file_examples: tuple[str, ...] = ()  # the first three skipped files
+    file_examples: tuple[str, ...] = ()  # a skipped file for each reason
     dropped_documents: int = 0  # duplicate or empty
     skipped_rows: int = 0
     rows: int = 0  # the skipped ones included
@@ -236,8 +236,8 @@ class LeftOut:
     def skip_file(self, name: str, why: str) -> None:
         """Count a file in a folder that has no text."""
         self.skipped_files += 1
-        if self.skipped_files <= 3:
-            self.file_examples += (f"{name}: {why}",)
+        if not any(example.endswith(why) for example in self.file_examples):
+            self.file_examples += (f"{name!r}: {why}",)
 
     def check_rows(self, field: str, at_least: int = 0) -> None:
         """Raises ValueError if more than 1% of the rows, or of `at_least`, were skipped."""

@@ -93,6 +93,8 @@ def export_hf(model: Transformer, folder: str, tokenizer: tiktoken.Encoding) -> 
     c = model.config
     if c.attention != "gqa":
         raise ValueError(f"cannot export attention={c.attention}: transformers has gqa only")
+    if own := {c.knock_q, c.knock_k, c.knock_v} - {"none", "linear", "mlp", "gate"}:
+        raise ValueError(f"cannot export a knock of kind {own.pop()}: modeling_kha.py has none")
     if c.n_expert == 1:
         raise ValueError("cannot export a mixture of 1 expert: Glm4MoeForCausalLM needs 2 or more")
     if is_taken(folder):
@@ -116,11 +118,7 @@ def export_weights(model: Transformer) -> dict[str, torch.Tensor]:
     """The weights of the folded model by their names in transformers."""
     kept = {id(p): p for name, p in model.named_parameters() if ".attn." not in name}
     ours, weights = fold(copy.deepcopy(model, kept)).state_dict(), {}  # only attention is copied
-    names = hf_names(model.config)
-    for name in ours:
-        if ".knock." in name and name not in names:
-            raise ValueError(f"cannot export {name}: fold and modeling_kha.py do not know its kind")
-    for our, theirs in names.items():
+    for our, theirs in hf_names(model.config).items():
         weight = ours[our]
         # experts: (E, in, out) -> (E * out, in)
         rows = weight.mT.flatten(0, 1) if weight.dim() == 3 else weight

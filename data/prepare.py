@@ -178,7 +178,7 @@ def write_data(folder: Path, inputs: list[str], encoding: tiktoken.Encoding, fie
             "eot": encoding.eot_token, "dtype": token_dtype(encoding).name,
             "sources": inputs or [stdlib], "val_fraction": val_fraction,
             "skipped_files": left_out.skipped_files, "skipped_rows": left_out.skipped_rows,
-            "skipped_examples": [*left_out.file_examples],
+            "skipped_file_examples": [*left_out.file_examples],
             "dropped_documents": left_out.dropped_documents, **splits}
 
 
@@ -222,8 +222,8 @@ def main(argv: list[str]) -> None:
               f"{meta['tokenizer']} tokens, {counts['bytes']:,} bytes of text")
     print(f"skipped {meta['skipped_files']:,} files without text and {meta['skipped_rows']:,} bad "
           f"rows; dropped {meta['dropped_documents']:,} duplicate or empty documents")
-    for example in meta["skipped_examples"]:
-        print(f"skipped, for example, {example}")
+    if meta["skipped_file_examples"]:
+        print(f"skipped are, for example, {'; '.join(meta['skipped_file_examples'])}")
     if (shorter := min(meta[split]["tokens"] for split in SPLITS)) < SEQUENCE:
         print(f"prepare.py: warning: with so little text, train.py needs --block_size "
               f"{shorter - 1} or less", file=sys.stderr)

@@ -34,7 +34,7 @@ def join_processes(device: str) -> tuple[int, int, str]:
 
 
 def is_first() -> bool:
-    """Whether this is the first process of torchrun's, or the only one."""
+    """Whether this is the first process of torchrun's, or the only one; also before they join."""
     return os.environ.get("RANK", "0") == "0"
 
 

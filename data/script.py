@@ -18,13 +18,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-# Options of nanoGPT, which many readers know, and what they are here.
-NANOGPT = {
-    "--batch_size": "--micro_batch", "--gradient_accumulation_steps": "--batch_tokens",
-    "--learning_rate": "--lr", "--max_iters": "--steps", "--eval_interval": "--eval_every",
-    "--out_dir": "--out", "--dataset": "--data", "--init_from": "--init or --resume",
-}  # fmt: skip
-
 
 def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     """Run `main(argv)` and exit. Bad input (ValueError, OSError) is one line on stderr, code 2."""
@@ -61,9 +54,10 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
-def parse_args(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+def parse_args(parser: argparse.ArgumentParser, argv: list[str],
+               other_names: dict[str, str] | None = None) -> argparse.Namespace:
     """Parse `argv`. Anything wrong with it is a ValueError of one line, which names the nearest
-    known option."""
+    known option, or what `other_names` has for an unknown one."""
 
     def fail(message: str) -> NoReturn:
         hint = ": the name of its option comes first, see --help"
@@ -76,10 +70,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Nam
         option = word.split("=")[0]
         if re.fullmatch(r"--?[a-zA-Z]\S*", option) and option not in options:
             hint = "" if option.startswith("--") else " (a value needs =, as in --option=-VALUE)"
-            guess = NANOGPT.get(option)
-            advice = guess and f"nanoGPT's, here it is {guess}"
-            advice = advice or nearest(option, options, "see --help")
-            raise ValueError(f"unknown option {option}: {advice}{hint}")
+            guess = nearest((other_names or {}).get(option, option), options, "see --help")
+            raise ValueError(f"unknown option {option}: {guess}{hint}")
     args = parser.parse_intermixed_args(argv)
     for name, value in vars(args).items():
         if value == "" and name not in ("prompt", "field"):
@@ -93,7 +85,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Nam
 
 def nearest(word: str, choices: Iterable[str], otherwise: str) -> str:
     """The hint that ends an error message about the unknown `word`."""
-    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.75)
+    matches = difflib.get_close_matches(word, choices, n=1)
     return f"did you mean {matches[0]}?" if matches else otherwise
 
 

@@ -251,7 +251,7 @@ def test_a_run_of_which_only_the_best_is_left_goes_on_from_it(whole, halves, dat
     assert equal_weights(weights_of(halves), weights_of(whole))
 
 
-def test_a_log_alone_is_a_run_too(data, tmp_path, capsys):
+def test_a_log_alone_is_a_run_too(data, tmp_path, capsys, monkeypatch):
     """Of a run without checkpoints it is all there is. A log without updates is nobody's loss."""
     args = [*SHORT, "--data", str(data), "--out", str(tmp_path / "run"), "--save_every", "0"]
     main([*args, "--steps", "3"])
@@ -261,7 +261,11 @@ def test_a_log_alone_is_a_run_too(data, tmp_path, capsys):
     assert contents(tmp_path / "run") == before
     capsys.readouterr()
     main([*args, "--steps", "4", "--resume"])  # as torchrun does, and the message says
-    assert "the run starts again, with the settings of this command" in capsys.readouterr().err
+    assert "so the run starts again, with the settings" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")  # of the processes of torchrun only the first one says so
+    parse_config([*args, "--resume"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.delenv("RANK")
     assert len(read_log(tmp_path / "run")[0]) == 4
     log = tmp_path / "run" / "log.jsonl"
     log.write_bytes(before[log].splitlines(keepends=True)[0])

@@ -178,9 +178,9 @@ def test_what_transformers_has_not_is_refused(overrides, message, byte, tmp_path
 
 
 def test_a_kind_of_knock_of_ones_own_is_not_exported(byte, tmp_path, monkeypatch):
-    monkeypatch.setitem(kha.KNOCKS, "tanh", ("gate",))
-    with pytest.raises(ValueError, match="cannot export blocks.0.attn.wv.knock.gate"):
-        export_hf(ours(knock_v="tanh"), tmp_path / "hf", byte)
+    monkeypatch.setitem(kha.KNOCKS, "relu", ())
+    with pytest.raises(ValueError, match="cannot export a knock of kind relu"):
+        export_hf(ours(knock_v="relu"), tmp_path / "hf", byte)
 
 
 def test_export_overwrites_nothing(byte, tmp_path, strict_disk):

@@ -112,7 +112,7 @@ def test_knock_movement_reports_diagonal_and_the_rest():
         t[0, 1], t[3, 2] = 3, -4
     assert knock_movement(model)["blocks.0.attn.wq.knock.t"] == (0.5, 5)
     knocks_of(model)["blocks.0.attn.wq.knock"].t = torch.nn.Parameter(torch.ones(2, 3))
-    assert knock_movement(model)["blocks.0.attn.wq.knock.t"] == (1, 2)  # a kind of one's own
+    assert knock_movement(model)["blocks.0.attn.wq.knock.t"] == (1, 2)  # any matrix will do
 
 
 # --- the start ---

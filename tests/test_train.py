@@ -505,7 +505,7 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
     "args,message",
     [
         ("--n_leyer 3", "unknown option --n_leyer: did you mean --n_layer?"),
-        ("--batch_size 4", "unknown option --batch_size: nanoGPT's, here it is --micro_batch"),
+        ("--batch_size 4", "unknown option --batch_size: did you mean --micro_batch?"),
         ("toy out/toy", "unrecognized arguments: out/toy: the name of its option comes first"),
         ("huge", "invalid choice: 'huge'"),
         ("--steps many", "argument --steps: invalid int value: 'many'"),
