@@ -16,7 +16,6 @@ from functools import partial
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
-import tiktoken
 import torch
 from torch import Tensor
 
@@ -25,7 +24,15 @@ from data.device import can_capture, capture, copy_to_cpu, pick_device
 from data.evaluation import bits_per_byte, evaluate
 from data.hf import export_hf
 from data.script import parse_args, run_script
-from data.tokens import check_tokenizer, load_meta, load_tokenizer, open_tokens, verify_tokens
+from data.tokenizer_json import Tokenizer
+from data.tokens import (
+    check_tokenizer,
+    load_meta,
+    load_tokenizer,
+    open_tokens,
+    token_bytes,
+    verify_tokens,
+)
 from kha import Common, Transformer, fold
 
 # --------------------------------------------------------------------------------------------------
@@ -227,17 +234,8 @@ def compile_steps(model: Transformer, n_samples: int) -> None:
     model.logits = torch.compile(model.logits, dynamic=False, options=options)
 
 
-def token_bytes(tokenizer: tiktoken.Encoding, token: int) -> bytes:
-    """The bytes that a token stands for. Some tokenizers have gaps: an id that is no token is
-    U+FFFD."""
-    try:
-        return tokenizer.decode_single_token_bytes(token)
-    except KeyError:
-        return "\ufffd".encode()
-
-
 def write_samples(
-    model: Transformer, tokenizer: tiktoken.Encoding, prompt: str, n_samples: int = 1, **options
+    model: Transformer, tokenizer: Tokenizer, prompt: str, n_samples: int = 1, **options
 ) -> None:
     """Print the prompt (an empty one: the start of a document) and its continuations by `generate`.
 

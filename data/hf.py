@@ -15,11 +15,10 @@ import os
 import shutil
 from pathlib import Path
 
-import tiktoken
 import torch
 
 from data.script import import_optional, is_taken, new_folder
-from data.tokenizer_json import END, to_json
+from data.tokenizer_json import END, Tokenizer, to_json
 from data.tokens import TOKENIZER_FILE
 from kha import Config, Transformer, fold
 
@@ -82,7 +81,7 @@ def hf_names(config: Config) -> dict[str, list[str]]:
 # Export
 
 
-def export_hf(model: Transformer, folder: str, tokenizer: tiktoken.Encoding) -> None:
+def export_hf(model: Transformer, folder: str, tokenizer: Tokenizer) -> None:
     """Write a model, and its tokenizer, as a folder that transformers loads. The weights keep their
     dtype. The model stays as it is; what is written is folded. The folder appears whole or not at
     all.
@@ -133,7 +132,7 @@ def export_weights(model: Transformer) -> dict[str, torch.Tensor]:
     return weights
 
 
-def export_texts(model: Transformer, tokenizer: tiktoken.Encoding) -> dict[str, str]:
+def export_texts(model: Transformer, tokenizer: Tokenizer) -> dict[str, str]:
     """The files beside the weights: name -> content."""
     c, gated = model.config, gated_knocks(model.config)
     config = {

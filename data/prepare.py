@@ -11,7 +11,7 @@ An INPUT is a file, a folder with all that is in it, the URL of a file, or hf:NA
 train split of a Hugging Face data set. Files that end in .jsonl, .ndjson, .json (one JSON object a
 line), .csv or .parquet hold rows, and each row is a document. Any other file is plain text and one
 document. All but .parquet may be packed as .gz or .zst. (hf:, .parquet, .zst: pip install
-'.[datasets]'.)
+'.[datasets]'; a tokenizer.json: '.[hf]'.)
 
 The output folder holds train.bin and val.bin (flat token ids, each document ended by the
 end-of-text token), meta.json and verified.json. About val_fraction of the tokens are held out for
@@ -41,12 +41,12 @@ if __name__ == "__main__":  # Python looks for modules in this file's folder, no
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
 from data.documents import PIECE, Document, LeftOut, drop_duplicates, find_sources, read_documents
 from data.script import is_taken, naming, new_folder, parse_args, run_script
 from data.split import SEQUENCE, split_tokens
+from data.tokenizer_json import Tokenizer
 from data.tokens import (
     SPLITS,
     TOKENIZERS,
@@ -78,7 +78,7 @@ def make_batches(documents: Iterable[Document], bar: tqdm) -> Iterator[Batch]:
 def map_threads(function: Callable, items: Iterable, workers: int) -> Iterator:
     """map(function, items) in threads, in order, with at most 2 * workers results or items waiting.
 
-    Threads use all cores here, since tiktoken lets go of Python's lock while it encodes.
+    Threads use all cores here, since tokenizers let go of Python's lock while they encode.
     """
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
@@ -90,7 +90,7 @@ def map_threads(function: Callable, items: Iterable, workers: int) -> Iterator:
             yield waiting.popleft().result()
 
 
-def encode(encoding: tiktoken.Encoding, batch: Batch) -> np.ndarray:
+def encode(encoding: Tokenizer, batch: Batch) -> np.ndarray:
     """The token ids of a batch. Raises ValueError, naming the text, if the tokenizer fails."""
     dtype = token_dtype(encoding)
     parts = [np.empty(0, dtype)]
@@ -107,7 +107,7 @@ def encode(encoding: tiktoken.Encoding, batch: Batch) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def write_tokens(path: Path, documents: Iterable[Document], encoding: tiktoken.Encoding,
+def write_tokens(path: Path, documents: Iterable[Document], encoding: Tokenizer,
                  workers: int, total: int) -> np.ndarray:
     """Write the tokens of all documents to the new file `path`; returns where each ends, (n,).
 
@@ -154,7 +154,7 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
     return meta
 
 
-def write_data(folder: Path, inputs: list[str], encoding: tiktoken.Encoding, field: str | None,
+def write_data(folder: Path, inputs: list[str], encoding: Tokenizer, field: str | None,
                val_fraction: float, workers: int) -> dict[str, Any]:
     """Write the tokens of `inputs` into `folder`, and downloads beside it. Returns meta.json; the
     arguments are those of `prepare`."""

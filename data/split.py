@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
-from data.tokens import CHUNK, SPLITS, token_dtype
+from data.tokenizer_json import Tokenizer
+from data.tokens import CHUNK, SPLITS, all_tokens, token_dtype
 
 SEQUENCE = 1025  # tokens: a side that is shorter cannot train models with a block_size of 1024
 
 
 def split_tokens(folder: Path, ends: np.ndarray, digests: np.ndarray, val_fraction: float,
-                 encoding: tiktoken.Encoding) -> dict[str, dict]:
+                 encoding: Tokenizer) -> dict[str, dict]:
     """Move what is held out from train.bin, which has all documents, to val.bin in the same folder.
 
     ends (n,): how many tokens there are up to the end of each document; digests (n,): hashes of
@@ -38,7 +38,7 @@ def split_tokens(folder: Path, ends: np.ndarray, digests: np.ndarray, val_fracti
 
 
 def hold_out(tokens: np.ndarray, ends: np.ndarray, digests: np.ndarray, val_fraction: float,
-             encoding: tiktoken.Encoding) -> np.ndarray:
+             encoding: Tokenizer) -> np.ndarray:
     """At which token the held-out part of each document begins: (n,). If it has none, its end.
 
     Wanted is val_fraction of all tokens. Each side must get SEQUENCE tokens or, if that is not
@@ -77,7 +77,7 @@ def hold_out(tokens: np.ndarray, ends: np.ndarray, digests: np.ndarray, val_frac
     return cuts
 
 
-def find_cut(text: np.ndarray, share: float, near: float, encoding: tiktoken.Encoding) -> int:
+def find_cut(text: np.ndarray, share: float, near: float, encoding: Tokenizer) -> int:
     """Before which token to cut a text so that the fraction `share` of it, or more, comes after.
 
     That is at the last line end before the wanted place, if it is not further than the fraction
@@ -98,7 +98,7 @@ def find_cut(text: np.ndarray, share: float, near: float, encoding: tiktoken.Enc
 
 
 def divide(folder: Path, ends: np.ndarray, cuts: np.ndarray,
-           encoding: tiktoken.Encoding) -> dict[str, dict]:
+           encoding: Tokenizer) -> dict[str, dict]:
     """Move the tokens from cuts[i] to ends[i] of each document i from train.bin to val.bin."""
     dtype = token_dtype(encoding)
     eot = dtype.type(encoding.eot_token)
@@ -115,9 +115,8 @@ def divide(folder: Path, ends: np.ndarray, cuts: np.ndarray,
                 # a document that is cut ends twice, once on either side
                 yield split, ids if rest or ids[-1] == eot else np.append(ids, eot)
 
-    n_bytes = np.zeros(encoding.n_vocab, np.int64)  # of each token
-    for token in encoding.token_byte_values():
-        n_bytes[encoding.encode_single_token(token)] = len(token)
+    n_bytes = np.array([len(token) for token in all_tokens(encoding)])
+    n_bytes[eot] = 0  # it stands for no text
     counts = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
     hashes = {split: hashlib.sha256() for split in SPLITS}
     with (open(folder / "train.bin", "rb") as source, open(folder / "train.bin", "r+b") as train,

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from data.script import is_taken, nearest
-from data.tokenizer_json import END, PIECES, JsonTokenizer
+from data.tokenizer_json import END, PIECES, JsonTokenizer, Tokenizer
 
 SPLITS = ("train", "val")
 TOKENIZER_FILE = "tokenizer.json"  # a copy of the one that the data were prepared with
@@ -30,12 +30,12 @@ TOKENIZERS = {
 }
 
 
-def load_tokenizer(name: str) -> tiktoken.Encoding:
+def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer `name`: byte (ids 0 to 255 are the bytes, 256 ends a text), one of tiktoken's
     own, the path of a tokenizer.json, or the text of one, as a checkpoint has it.
 
     tiktoken downloads its own once. Raises ValueError for an unknown name and for a tokenizer.json
-    that is not ours to compute, OSError if a download fails or a file cannot be read.
+    that cannot be used, OSError if a download fails or a file cannot be read.
     """
     if name.startswith("{"):
         return JsonTokenizer(name)
@@ -67,7 +67,7 @@ def definition(name: str) -> str:
     return Path(name).read_text(encoding="utf-8", errors="replace").lstrip()
 
 
-def keep_tokenizer(tokenizer: tiktoken.Encoding, folder: Path) -> dict[str, str]:
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, str]:
     """What meta.json in `folder` says of a tokenizer: its name. If a tokenizer.json defines it, a
     copy is written into `folder`, and meta.json has the name of that file and its hash."""
     if not isinstance(tokenizer, JsonTokenizer):
@@ -78,9 +78,23 @@ def keep_tokenizer(tokenizer: tiktoken.Encoding, folder: Path) -> dict[str, str]
     return {"tokenizer": TOKENIZER_FILE, "tokenizer_sha256": digest}
 
 
-def tokenizer_for_checkpoint(tokenizer: tiktoken.Encoding) -> str:
+def tokenizer_for_checkpoint(tokenizer: Tokenizer) -> str:
     """What a checkpoint holds of a tokenizer: its name, or the text of its tokenizer.json."""
     return tokenizer.text if isinstance(tokenizer, JsonTokenizer) else tokenizer.name
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """The bytes that a token stands for. Some tokenizers have gaps: an id that is no token is
+    U+FFFD."""
+    try:
+        return tokenizer.decode_single_token_bytes(token)
+    except KeyError:
+        return "\ufffd".encode()
+
+
+def all_tokens(tokenizer: Tokenizer) -> list[bytes]:
+    """`token_bytes` of each id."""
+    return [token_bytes(tokenizer, token) for token in range(tokenizer.n_vocab)]
 
 
 def check_tokenizer(folder: str, name: str) -> None:
@@ -90,8 +104,7 @@ def check_tokenizer(folder: str, name: str) -> None:
     if definition(name_of_data) == definition(name):
         return  # to load a large tokenizer takes seconds
     data, tokenizer = load_tokenizer(name_of_data), load_tokenizer(name)
-    if (data._mergeable_ranks == tokenizer._mergeable_ranks
-            and data._special_tokens == tokenizer._special_tokens):  # fmt: skip
+    if data.eot_token == tokenizer.eot_token and all_tokens(data) == all_tokens(tokenizer):
         return
     place = ""
     if tokenizer.name == TOKENIZER_FILE:  # the text of a file that has lost its path
@@ -102,7 +115,7 @@ def check_tokenizer(folder: str, name: str) -> None:
     )
 
 
-def token_dtype(encoding: tiktoken.Encoding) -> np.dtype:
+def token_dtype(encoding: Tokenizer) -> np.dtype:
     """The type of the ids in token files."""
     return np.dtype("uint16" if encoding.n_vocab <= 2**16 else "uint32")
 
