@@ -37,53 +37,61 @@ class JsonTokenizer:
     of a tiktoken.Encoding that are used here. Its ids are those of transformers, but text that
     spells a special token, such as <|endoftext|>, stays text.
 
-    `name` is what messages call it. Raises ValueError, in one line, if the file is damaged or has
-    no <|endoftext|>, if its tokens are not spelt in bytes, or if the library is missing.
+    `name` is what messages call it. Raises ValueError, in one line, if the library is missing, or
+    if the file is damaged or no byte-level BPE that ends documents by <|endoftext|>.
     """
 
     def __init__(self, text: str, name: str = "tokenizer.json"):
-        library = import_optional("tokenizers", f"the tokenizer {name}", extra="hf")
+        module = import_optional("tokenizers", f"the tokenizer {name}", extra="hf")
         self.text, self.name = text.lstrip(), name
         try:
-            self.library = library.Tokenizer.from_str(text)
+            self.library = library = module.Tokenizer.from_str(text)
         except Exception as error:  # the library has no other class
-            raise ValueError(f"{name} is damaged or no tokenizer.json ({error})") from error
-        self.library.encode_special_tokens = True  # as text
-        self.library.no_truncation()
-        self.library.no_padding()
-        added = self.library.get_added_tokens_decoder()
+            raise ValueError(f"{name} is damaged, or no tokenizer.json that tokenizers"
+                             f" {module.__version__} reads ({error})") from error
+        library.encode_special_tokens = True  # as text
+        library.no_truncation()
+        library.no_padding()
+        added = library.get_added_tokens_decoder()
+        vocab = library.get_vocab(with_added_tokens=False).items()
+        spelt = {i: token for token, i in vocab if i not in added}
         self.tokens = {i: token.content.encode() for i, token in added.items()}
-        for token, i in self.library.get_vocab(with_added_tokens=False).items():
-            if i in added:
-                continue
-            if not BYTES.keys() >= set(token):
-                raise ValueError(f"cannot use the tokenizer {name}: its token {token!r} is not"
-                                 " spelt in bytes, as those of a byte-level BPE are")
-            self.tokens[i] = bytes(BYTES[letter] for letter in token)
-        self.n_vocab = max(self.tokens, default=0) + 1
-        self.eot_token = self.library.token_to_id(END)
-        if self.eot_token not in added or not added[self.eot_token].special:
-            raise ValueError(f"cannot use the tokenizer {name}: it has no special token {END},"
-                             " which ends documents here")
+        self.tokens |= {i: bytes(map(BYTES.get, token)) for i, token in spelt.items()
+                        if BYTES.keys() >= set(token)}
+        self.n_vocab, self.eot_token = max(self.tokens, default=0) + 1, library.token_to_id(END)
+        others = [token for i, token in spelt.items() if i not in self.tokens]
+        normalizer, model = library.normalizer, library.model
+        for wrong, what in [
+            (others, f"the token {others[:1]}, which is not spelt in bytes"),
+            ({bytes([i]) for i in range(256)} - set(self.tokens.values()), "no token for a byte"),
+            (normalizer and type(normalizer).__name__ != "NFC", f"a normalizer, {normalizer}"),
+            (getattr(model, "dropout", None), "dropout: set it to null"),
+            (library.num_special_tokens_to_add(False),
+             "a post_processor that adds tokens: set it to null"),
+            (self.eot_token not in added or not added[self.eot_token].special,
+             f"no special token {END}, which ends documents here: put it into added_tokens"),
+        ]:  # fmt: skip
+            if wrong:
+                raise ValueError(f"cannot use the tokenizer {name}, which has {what}")
+        self.encode("a b")  # not after hours
 
     def encode(self, text: str, disallowed_special=()) -> list[int]:
-        """Raises ValueError if the tokens do not spell the text (normalised, if the file says so):
-        some tokenizers leave characters out, or add a space."""
+        """Raises ValueError if the tokens do not spell the text (in Unicode's form NFC, if the file
+        says so): some tokenizers leave characters out, or add a space."""
         normalizer = self.library.normalizer
         try:
-            [found] = self.library.encode_batch_fast([text], add_special_tokens=False)
+            [found] = self.library.encode_batch_fast([text])
             wanted = normalizer.normalize_str(text) if normalizer else text
         except Exception as error:  # as in __init__
             raise ValueError(f"the tokenizer {self.name} fails: {error}") from error
-        if b"".join(self.decode_tokens_bytes(found.ids)) != wanted.encode():
-            raise ValueError(f"the tokens of {self.name} do not spell the text")
-        return found.ids
+        ids = found.ids
+        spelt = b"".join(self.decode_tokens_bytes(ids))
+        if spelt != wanted.encode() or self.eot_token in ids:
+            raise ValueError(f"the tokens of {self.name} do not spell the text {wanted!r:.80}")
+        return ids
 
     def encode_to_numpy(self, text: str, disallowed_special=()) -> np.ndarray:
         return np.array(self.encode(text), np.uint32)
-
-    def decode(self, ids: list[int]) -> str:
-        return b"".join(self.decode_tokens_bytes(ids)).decode(errors="replace")
 
     def decode_tokens_bytes(self, ids: list[int]) -> list[bytes]:
         return [self.tokens[i] for i in ids]
@@ -143,6 +151,8 @@ def to_json(tokenizer: Tokenizer) -> str:
         "post_processor": None,
         "decoder": letters,
         # Added tokens keep their ids only if they are in the vocabulary, too.
-        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab | special, "merges": merges},
+        # Without merges, a whole text could be looked up there, and be the end of a document.
+        "model": {"type": "BPE", "ignore_merges": bool(merges), "vocab": vocab | special,
+                  "merges": merges},
     }  # fmt: skip
     return json.dumps(content, ensure_ascii=False)

@@ -71,6 +71,10 @@ def small():
     return tokenizer
 
 
+def decoded(tokenizer, ids):
+    return b"".join(tokenizer.decode_tokens_bytes(ids)).decode()
+
+
 def assert_same_ids(ours, theirs):
     for text in texts():
         expected = theirs.encode(text, add_special_tokens=False).ids
@@ -95,6 +99,7 @@ def test_the_library_reads_what_we_write(name, small, monkeypatch):
     theirs = tokenizers.Tokenizer.from_str(text)
     assert_same_ids(ours, theirs)
     assert_same_ids(JsonTokenizer(text), theirs)
+    assert JsonTokenizer(text).encode(END) == ours.encode(END, disallowed_special=())
     end = theirs.encode("a<|endoftext|>").ids[-1]
     assert end == ours.eot_token == JsonTokenizer(text).eot_token
     for special in ours.special_tokens_set:
@@ -152,13 +157,10 @@ def test_we_have_the_ids_of_the_library(small):
     """What the file says is done, but its length of texts: that is for a transformers' model."""
     content = json.loads(small.to_str())
     content["normalizer"] = {"type": "NFC"}
-    content["added_tokens"] += [added("<two words>", 600), added("<|im_start|>", 601)]
+    content["added_tokens"] += [added("<zwölf>", 600), added("<|im_start|>", 601)]
     content["added_tokens"] += [added("<think>", 602, special=False)]
-    content["model"]["vocab"]["<two words>"] = 600  # where a space is not spelt as a letter
+    content["model"]["vocab"]["<zwölf>"] = 600  # where ö is no byte
     theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
-    theirs.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{END} $A", special_tokens=[(END, 0)]
-    )
     theirs.enable_truncation(3)
     theirs.enable_padding(length=50)
     ours = JsonTokenizer(theirs.to_str())
@@ -166,13 +168,21 @@ def test_we_have_the_ids_of_the_library(small):
     theirs.no_padding()
     assert_same_ids(ours, theirs)
     text = "".join(BITS)
-    assert ours.decode(ours.encode(text)) == unicodedata.normalize("NFC", text)
+    assert decoded(ours, ours.encode(text)) == unicodedata.normalize("NFC", text)
     assert (ours.n_vocab, ours.eot_token) == (603, 0)
     assert ours.encode("<think>") == [602]
-    for special in ("<|im_start|>", "<two words>", END):  # in a document it is text
+    for special in ("<|im_start|>", "<zwölf>", END):  # in a document it is text
         ids = ours.encode(special)
-        assert len(ids) > 1 and ours.decode(ids) == special
-    assert ours.decode([601]) == "<|im_start|>"
+        assert len(ids) > 1 and decoded(ours, ids) == special
+    assert decoded(ours, [600, 601]) == "<zwölf><|im_start|>"
+
+
+def test_the_end_of_a_document_is_not_in_its_text():
+    """A file that looks whole pieces up, and whose pieces are whole texts."""
+    content = json.loads(to_json(load_tokenizer("byte")))
+    content["model"]["ignore_merges"] = True
+    with pytest.raises(ValueError, match="do not spell the text '<.endoftext.>'"):
+        JsonTokenizer(json.dumps(content)).encode(END)
 
 
 def test_a_file_that_transformers_has_saved_is_read(small, tmp_path):
@@ -192,14 +202,26 @@ def test_a_file_that_transformers_has_saved_is_read(small, tmp_path):
     assert load_tokenizer(load_tokenizer(str(file)).text).encode("a") == small.encode("a").ids
 
 
+LETTERS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["\u2581the", 0.0]]}
+BEGIN = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": END, "type_id": 0}}],
+         "pair": [], "special_tokens": {END: {"id": END, "ids": [0], "tokens": [END]}}}
+NO_SPACES = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, LETTERS]}
+
+
 @pytest.mark.parametrize(
     "path,value,message",
     [
-        ("added_tokens", [], "it has no special token <|endoftext|>"),
-        ("added_tokens", [added(END, 0, special=False)], "it has no special token <|endoftext|>"),
-        ("model", {"type": "Unigram", "unk_id": 0, "vocab": [["\u2581the", 0.0]]},
-         "its token .\u2581the. is not spelt in bytes"),
-        ("pre_tokenizer", {"type": "Own"}, "is damaged or no tokenizer.json"),
+        ("added_tokens", [], "which has no special token <|endoftext|>"),
+        ("added_tokens", [added(END, 0, special=False)], "<|endoftext|>.*: put it into"),
+        ("model", UNIGRAM, "which has the token .'\u2581the'., which is not spelt in bytes"),
+        ("model", {"type": "BPE", "vocab": {END: 0, "a": 1}, "merges": []}, "no token for a byte"),
+        ("model/dropout", 0.1, "which has dropout: set it to null"),
+        ("normalizer", {"type": "Lowercase"}, "which has a normalizer, .*Lowercase"),
+        ("post_processor", BEGIN, "which has a post_processor that adds tokens: set it to null"),
+        ("pre_tokenizer", {"type": "Own"}, "no tokenizer.json that tokenizers .* reads"),
+        ("pre_tokenizer", dict(LETTERS, add_prefix_space=True), "do not spell the text 'a b'"),
+        ("pre_tokenizer", NO_SPACES, "do not spell the text 'a b'"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_used_is_one_line(path, value, message, small, tmp_path):
@@ -221,7 +243,7 @@ def test_without_the_library_a_line_says_what_to_install(small, monkeypatch):
 def test_no_tokenizer_json_is_one_line(content, tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text(content, encoding="latin-1")
-    with pytest.raises(ValueError, match="tokenizer.json is damaged or no tokenizer.json"):
+    with pytest.raises(ValueError, match="tokenizer.json is damaged, or no tokenizer.json"):
         load_tokenizer(str(file))
 
 
@@ -235,31 +257,26 @@ def test_a_very_long_run_of_one_character_is_tokenised(unit, small, tmp_path):
     (tmp_path / "tokenizer.json").write_text(small.to_str())
     out = str(tmp_path / "out")
     prepare([str(tmp_path / "long.txt")], out, tokenizer=str(tmp_path / "tokenizer.json"))
-    decode = load_tokenizer(str(tmp_path / "tokenizer.json")).decode
-    texts = [decode(open_tokens(out, split).tolist()) for split in ("train", "val")]
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    texts = [decoded(tokenizer, open_tokens(out, split).tolist()) for split in ("train", "val")]
     assert "".join(texts).replace("<|endoftext|>", "") == content
 
 
-LETTERS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-PARTS = {
-    "a space more": dict(LETTERS, add_prefix_space=True),
-    "no spaces": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, LETTERS]},
-}
-
-
-@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", ["bad.txt", "rows.jsonl"])
-def test_a_text_that_the_tokens_do_not_spell_is_named(part, name, small, tmp_path):
+def test_a_text_that_the_tokens_do_not_spell_is_named(name, small, tmp_path):
+    """A token that takes the space before it, which it does not spell."""
     file, folder = tmp_path / "tokenizer.json", tmp_path / "in"
-    file.write_text(change(small, "pre_tokenizer", PARTS[part]))
-    good, bad = (" good" if part == "a space more" else "good"), "worse text"
+    small.save(str(file))
+    content = json.loads(file.read_text())
+    content["added_tokens"].append(added("<think>", 600, special=False, lstrip=True))
+    file.write_text(json.dumps(content))
     folder.mkdir()
     for i in range(20):
-        (folder / f"{i}.txt").write_text(good + "x" * i)
-    text = json.dumps({"text": good + "y"}) + "\n" + json.dumps({"text": bad}) + "\n"
-    (folder / name).write_text(bad if name == "bad.txt" else text)
+        (folder / f"{i}.txt").write_text(f"good <{i}>")
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in ("good", "a <think>"))
+    (folder / name).write_text("a <think>" if name == "bad.txt" else rows)
     place = f"in/{name}" if name == "bad.txt" else f"in/{name}:2"
-    message = f"{place} cannot be tokenised .the tokens of {file} do not spell the text.*omit it"
+    message = f"{place} cannot be tokenised .the tokens of {file} do not spell the text 'a <think>'"
     with pytest.raises(ValueError, match=message):
         prepare([str(folder)], str(tmp_path / "out"), tokenizer=str(file))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "tokenizer.json"]
@@ -306,7 +323,7 @@ def test_a_replaced_file_is_refused(small, text, tmp_path):
     path = own / "tokenizer.json"
     before, status = path.read_text(), path.stat()
     swapped = before.replace('"a": 65', '"a": 66').replace('"b": 66', '"b": 65')
-    assert load_tokenizer(swapped).decode([65]) == "b"
+    assert decoded(load_tokenizer(swapped), [65]) == "b"
     moved = before.replace('"id": 0', '"id": 600').replace(f'"{END}": 0', f'"{END}": 600')
     assert load_tokenizer(moved).eot_token == 600
     check_tokenizer(str(own), json.dumps(json.loads(before), indent=4))
