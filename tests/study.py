@@ -131,6 +131,8 @@ RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
 THIRD = "--n_layer 6 --n_embd 384 --n_head 9 --n_kv_head 3"
 THRICE = "--n_layer 14 --n_embd 768 --n_head 18 --n_kv_head 6"
 DENSE = "--n_expert 0 --top_k 0 --d_ff"
+SHORTER = {"60M": small(steps=1830), "125M": small(steps=3815), "250M": small()}
+LONGER = {"500M": small(steps=15260), "1B": small(steps=30520)}
 KV_HEADS = {
     "1": small("--n_kv_head 1"),
     "2": small("--n_kv_head 2"),
@@ -180,10 +182,11 @@ STUDIES = {
     "toy": Study("", grid({"": "toy"}, PAIR, range(1, 6))),
     "tokens": Study(
         "bytes",
-        grid({"60M": small(steps=1830), "125M": small(steps=3815)}, PAIR, range(1, 5))
-        + grid({"250M": small()}, PAIR, range(1, 5))
-        + grid({"500M": small(steps=15260), "1B": small(steps=30520)}, PAIR, range(1, 4))
-        + grid({"250M": small()}, PAIR, range(5, 9)),
+        grid(SHORTER, PAIR, range(1, 5))
+        + grid(LONGER, PAIR, range(1, 4))
+        + grid({"250M": small()}, PAIR, range(5, 9))
+        + grid(LONGER, ["mlp on v, no decay"], range(1, 4))
+        + grid(SHORTER, ["mlp on v, no decay"], range(1, 5)),
     ),
     "kv_heads": Study(
         "key/value heads of 12",
