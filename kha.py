@@ -187,7 +187,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale=None) -> Tensor:
     """O_i of eq. 4 for each head, softmax(scale q k^T) v: q (B, T, H, D) -> (B, T, H, D), with k, v
     (B, S, H_kv, D). H / H_kv query heads share a key/value head. scale None: 1 / sqrt(width of q).
-    mask None: a token sees itself and all before it. In MLA v, and so the output, is narrower."""
+    mask None: a token sees itself and all before it. In MLA, q and k have more features than v."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T or S, D)
     if mask is not None:
         return attend_with_mask(q, k, v, mask, scale).transpose(1, 2)  # (B, T, H, D)
@@ -266,9 +266,10 @@ def init_weights(module: nn.Module, config: Config, aside: torch.Generator | Non
 
 
 class Transformer(nn.Module):
-    """The decoder. Activations have `compute_dtype`; None: the dtype of the weights. `recompute`
-    computes each block's activations again in the backward pass instead of keeping them. `loss`, a
-    function of (normed x, the output's weight, targets), replaces forward's: see data/loss.py."""
+    """The decoder. `compute_dtype` is that of activations (None: that of the weights). With
+    `recompute` the backward pass computes each block again, instead of keeping its activations.
+    `loss`, a function of (normed x, output weight, targets), replaces forward's: see data/loss.py.
+    """
 
     def __init__(self, config: Config, compute_dtype=None, recompute=False, loss=None):
         super().__init__()
@@ -456,7 +457,8 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
         if type(part) is nn.Linear:
             part.__class__ = KnockedLinear  # still the same module, with its hooks
             part.knocks, part.rows = nn.ModuleList(), []
-        knocks[name] = Knock(kind, head_dim).to(upcast(part.weight))
+        dtype = torch.promote_types(part.weight.dtype, torch.float32)
+        knocks[name] = Knock(kind, head_dim).to(part.weight.device, dtype)
         part.knocks.append(knocks[name])
         part.rows.append(rows.indices(part.out_features)[:2])
     return knocks
@@ -478,33 +480,32 @@ class FoldedGate(nn.Module):
 
 
 @torch.no_grad()
-def fold(model: nn.Module, value: str | None = None, output: str | None = None) -> nn.Module:
-    """Fold knocks of a `Transformer`, or those of `add_knocks`, into the weights, in place; returns
-    the model. Its outputs stay the same. t goes into W^Q, W^K, W^V (eq. 8), so do W^up and W^gate;
-    a `FoldedGate` remains. Knocks of other kinds stay. Where heads serve as values alone, W^down
-    goes into W^O: attention is linear in values. For a model that is not ours, `value` and `output`
-    name the two nn.Linear, "v_proj" and "o_proj" say. Leave both out if more than attention is
-    between them: a norm (BitNet), a gate (Qwen3-Next). Raises ValueError, with nothing changed, for
-    an MLP knock on a projection with bias or on a part of its outputs, if `value` is not there or
-    no plain nn.Linear `output` beside it, and for shared, sharded or computed weights."""
-    if isinstance(model, Transformer):
-        value, output = ("wv", "wo") if model.config.attention == "gqa" else (None, None)
-    for part, wo in plan_fold(model, value, output):  # all checks come before the first change
-        if isinstance(part, Heads) and part.knock.kind == "linear":
+def fold(model: nn.Module) -> nn.Module:
+    """Multiply knocks into the weights beside them, in place; returns the model. Its outputs stay
+    the same. Linear knocks vanish (eq. 8), also those of `add_knocks`. Of an mlp or gate knock of a
+    `Transformer` a `FoldedGate` remains. Other knocks stay as they are. Raises ValueError, with
+    nothing changed, if one of these weights is shared, sharded or computed."""
+    attns = [part for part in model.modules() if isinstance(part, GQA)]
+    # Attention is linear in the values. So W^down can go into W^O, which all of them pass.
+    wo = {attn.wv: attn.wo for attn in attns if attn.wv.knock.kind == "mlp"}
+    heads = [part for part in model.modules() if isinstance(part, Heads)]
+    heads = [part for part in heads if part.knock.kind in ("linear", "mlp", "gate")]
+    linears = [part for part in model.modules() if isinstance(part, KnockedLinear)]
+    linears = [part for part in linears if all(knock.kind == "linear" for knock in part.knocks)]
+    check_own(model, {*heads, *linears, *wo.values()})
+    for part in linears:
+        for knock, (start, stop) in zip(part.knocks, part.rows, strict=True):
+            part.weight[start:stop] = absorb(part.weight[start:stop], knock.t)
+            if part.bias is not None:  # (x W + b) t = x W t + b t
+                part.bias[start:stop] = absorb(part.bias[start:stop, None], knock.t)[:, 0]
+        del part.knocks, part.rows
+        part.__class__ = nn.Linear
+    for part in heads:
+        if part.knock.kind == "linear":
             part.weight.copy_(part.absorbed_weight(part.weight.dtype))
             part.knock = Knock("none", part.knock.head_dim)
-        elif isinstance(part, Heads):
-            part.weight, part.knock = fold_gate(part.weight, part.knock, wo)
-        elif part.knocks[0].kind == "mlp":  # alone on its projection, as on Heads
-            part.weight, gate = fold_gate(part.weight, part.knocks[0], wo)
-            part.knocks, part.rows = nn.ModuleList([gate]), [(0, len(part.weight))]
         else:
-            for knock, (start, stop) in zip(part.knocks, part.rows, strict=True):
-                part.weight[start:stop] = absorb(part.weight[start:stop], knock.t)
-                if part.bias is not None:  # (x W + b) t = x W t + b t
-                    part.bias[start:stop] = absorb(part.bias[start:stop, None], knock.t)[:, 0]
-            del part.knocks, part.rows
-            part.__class__ = nn.Linear
+            fold_gate(part, wo.get(part))
     if isinstance(model, Transformer):
         gone = {field: "none" for field, kind in vars(model.config).items() if kind == "linear"}
         model.config = replace(model.config, **gone, knock_init="identity")
@@ -512,42 +513,31 @@ def fold(model: nn.Module, value: str | None = None, output: str | None = None) 
     return model
 
 
-def plan_fold(model: nn.Module, value: str | None, output: str | None) -> list[tuple]:
-    """Each projection that `fold` changes, and the W^O for its W^down or None. Raises as `fold`."""
+def check_own(model: nn.Module, parts: set[nn.Module]) -> None:
+    """Raises ValueError if a change of the weights of `parts` would be lost or change more."""
     held = [id(x) for m in model.modules() for x in (*m._modules.values(), *m._parameters.values())]
-    plan, sharded = [], any(hasattr(part, "reshard") for part in model.modules())  # by FSDP
-    if value and all(name.split(".")[-1] != value for name, _ in model.named_modules()):
-        raise ValueError(f"no module has the name {value}: give the last word, such as v_proj")
+    sharded = any(hasattr(part, "reshard") for part in model.modules())  # by FSDP
     for name, part in model.named_modules():
-        if not isinstance(part, Heads | KnockedLinear):
+        if part not in parts:
             continue
-        knocks = [part.knock] if isinstance(part, Heads) else part.knocks
-        kinds, wo = {knock.kind for knock in knocks} & {"linear", "mlp", "gate"}, None
-        bias, whole = getattr(part, "bias", None), [(0, len(part.weight))]
-        if kinds - {"linear"} and (bias is not None or getattr(part, "rows", whole) != whole):
-            raise ValueError(f"cannot fold {name}: its MLP knock must be on all outputs, no bias")
-        if "mlp" in kinds and name.split(".")[-1] == value:
-            wo = getattr(model.get_submodule(name.rpartition(".")[0]), output or "", None)
-            if type(wo) not in (nn.Linear, Linear) or wo.in_features % len(part.weight):
-                raise ValueError(f"{name} has no neighbour {output}, a plain nn.Linear on heads")
-        if kinds:
-            plan.append((part, wo))
-            changed = [x for x in (part, part.weight, bias, wo, wo and wo.weight) if x is not None]
-            if sharded or any(type(x) is Tensor or held.count(id(x)) > 1 for x in changed):
-                raise ValueError(f"{name} or its W^O is shared, sharded or computed: fold first")
-    return plan
+        own = [x for x in (part, part.weight, getattr(part, "bias", None)) if x is not None]
+        if sharded or any(type(x) is Tensor or held.count(id(x)) > 1 for x in own):
+            raise ValueError(f"{name} is shared, sharded or computed: fold first")
 
 
-def fold_gate(weight: Tensor, knock: Knock, wo: nn.Module | None) -> tuple[Tensor, FoldedGate]:
-    """An mlp or gate knock on a weight (H * D, n_in), folded; W^down goes into `wo`, if given.
-    Returns the new weight (2 * H * D, n_in) and what remains of the knock."""
-    up, down = (absorb(weight, knock.up), knock.down) if knock.kind == "mlp" else (weight, None)
-    weight = nn.Parameter(torch.cat((up, absorb(weight, knock.gate))), weight.requires_grad)
+def fold_gate(part: Heads, wo: nn.Module | None) -> None:
+    """Fold an mlp or gate knock; W^down goes into `wo`, if given."""
+    knock, up, down = part.knock, part.weight, None
+    gate = absorb(part.weight, knock.gate)
+    if knock.kind == "mlp":
+        up, down = absorb(part.weight, knock.up), knock.down
+    weight = torch.cat((up, gate))  # (2 * H * D, n_in)
+    part.weight = nn.Parameter(weight, part.weight.requires_grad)
     if wo is not None:
-        heads = wo.weight.unflatten(1, (-1, knock.head_dim))  # (n_out, H, D): transposed W^O_h
+        heads = wo.weight.unflatten(1, (-1, knock.head_dim))  # (C, H, D): transposed W^O_h
         wo.weight.copy_((heads @ down.mT.to(heads.dtype)).flatten(1))
         down = None
-    return weight, FoldedGate(knock.head_dim, down)
+    part.knock = FoldedGate(knock.head_dim, down)
 
 
 def check_fields(config, choices: dict, may_be_zero: tuple[str, ...]) -> None:

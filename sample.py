@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-# Threads must not spin for long while they wait, or a second job on the machine stops them all.
+# Waiting threads must sleep soon, because a second job on the machine has no cores while they spin.
+# torch reads these variables when it is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
@@ -167,7 +168,7 @@ def generate(
         with torch.compiler.set_stance("force_eager"):  # each T would be compiled for itself
             return model(start, cache=cache)[:, -1, :n_vocab]
 
-    n_cached = len(prompt)  # on the device: position
+    n_cached = len(prompt)  # tokens in the cache; on the device this number is `position`
     start = torch.tensor([prompt], device=device)
     texts[:, :n_cached] = start
     logits = read(start)  # (1, V)

@@ -21,7 +21,8 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 
-# Threads must not spin for long while they wait, or a second job on the machine stops them all.
+# Waiting threads must sleep soon, because a second job on the machine has no cores while they spin.
+# torch reads these variables when it is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
@@ -201,8 +202,8 @@ def update(
     """One optimizer step on micro-batches (n_micro, B, T + 1) of token ids.
 
     `wrapped` is what to call for the loss: the model itself, or DDP around it. Returns a tensor
-    (4,): loss, grad_norm, worst_load, and 1 if loss and gradient are finite. If they are not, this
-    is 0 and the weights stay as they were. The device may not have computed this tensor yet.
+    (4,), which the device may not have computed yet: loss, grad_norm, worst_load, and 1. If loss or
+    gradient are not finite, the last number is 0 and the weights stay as they were.
     """
     loss = torch.zeros((), device=micros.device)
     for i, rows in enumerate(micros):
@@ -235,7 +236,7 @@ def balance_experts(model: Transformer, rate: Tensor, rule: str) -> Tensor:
 
 
 def to_cpu(numbers: Tensor, stops: bool) -> Callable[[], tuple[list[float], Moment]]:
-    """`copy_to_cpu` of an update's numbers and of one more: above 0 if any process stops."""
+    """Start to copy an update's numbers, and one more: above 0 if any of all processes stops."""
     n_stopping = sum_over_processes(torch.full((1,), float(stops), device=numbers.device))
     return copy_to_cpu(torch.cat((numbers, n_stopping)))
 

@@ -1,5 +1,5 @@
-"""The cross-entropy of `Transformer.forward` in chunks: the same numbers, with less memory. But
-that leaves out targets of -100, as F.cross_entropy does, and here they are an error."""
+"""The cross-entropy of `Transformer.forward` in chunks: the same numbers, with less memory. One
+difference: forward leaves out targets of -100, as F.cross_entropy does. Here they are an error."""
 
 from collections.abc import Callable
 

@@ -183,7 +183,7 @@ def write_data(folder: Path, inputs: list[str], encoding: Tokenizer, field: str 
 
 
 def find_data(folder: str) -> None:
-    """Prepare the default data if they are missing, and check that no data have changed."""
+    """Prepare the default data if they are missing, and do `verify_tokens`."""
     if folder == DEFAULT_DATA and not os.path.exists(folder):
         with suppress(FileExistsError):  # another machine was faster
             prepare([], folder)

@@ -394,6 +394,22 @@ def test_a_folded_model_folds_again_to_itself():
         assert torch.equal(fold(folded)(tokens), before)
 
 
+@pytest.mark.parametrize("part", ["wv", "wo"])
+def test_a_weight_that_layers_share_is_not_folded_into(part):
+    model = scramble(Transformer(Config(**SMALL | dict(knock_v="mlp"))))
+    first, second = (block.attn for block in model.blocks)
+    getattr(second, part).weight = getattr(first, part).weight
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f"blocks.0.attn.{part} is shared, sharded or computed"):
+        fold(model)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_what_is_frozen_stays_frozen_when_folded():
+    model = Transformer(Config(**SMALL | dict(knock_k="mlp", knock_v="mlp"))).requires_grad_(False)
+    assert not any(p.requires_grad for p in fold(model).parameters())
+
+
 def test_a_fold_leaves_a_kind_of_ones_own(monkeypatch):
     before = Knock.forward
 
