@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from data.checkpoint import FORMAT, Saver, list_to_resume, read_newest, restore, start_from
+from data.checkpoint import Saver, best_so_far, list_to_resume, read_newest, restore, start_from
 from data.device import (
     Moment,
     can_capture,
@@ -145,9 +145,6 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     settings = {"out": f"out/{name}", **RECIPES[name], **given}
     if resume and (saved := list_to_resume(settings["out"])):
         checkpoint = read_newest(saved)
-        if checkpoint["format"] != FORMAT and any("knock." in key for key in checkpoint["model"]):
-            raise ValueError(f"the run in {settings['out']} is of an older version, in which knocks"
-                             " decay: sample from it, or start a new run from it with --init")
         try:
             before = TrainConfig(**{**checkpoint["train"], "out": settings["out"]})
         except TypeError as error:
@@ -382,6 +379,7 @@ def main(argv: list[str]) -> None:
     start, T = checkpoint["step"] if checkpoint else 0, config.block_size
     tokens = open_tokens(train.data, "train")
     held_out = open_tokens(train.data, "val")[: train.eval_tokens + 1]
+    best = best_so_far(checkpoint, train.eval_tokens, meta["val"]["tokens"])
     tokenizer = load_tokenizer(meta["tokenizer"])
     with advice_on_memory(config, train, n_process):
         model, wrapped = build_model(config, train, device, n_process)
@@ -396,14 +394,13 @@ def main(argv: list[str]) -> None:
 
     def draw(step: int) -> Tensor:
         """This process's micro-batches of an update: (n_micro, micro_batch, T + 1)."""
-        n = train.batch_tokens // T
-        rows = draw_batch(tokens, n, T, train.seed, step, rank, n_process)
+        rows = draw_batch(tokens, train.batch_tokens // T, T, train.seed, step, rank, n_process)
         return on_device(rows.unflatten(0, (-1, train.micro_batch)), device)
 
     step_once = partial(update, model, wrapped, optimizer, train)
     waiting, stopping = deque(), False
     reserves = rank == 0 and train.save_every and start < train.steps  # takes memory now: see Saver
-    saver = Saver(train.out, start, meta["val"]["tokens"], model if reserves else None)
+    saver = Saver(train.out, start, best, model if reserves else None)
     with Signals() as signals, advice_on_memory(config, train, n_process), saver:
         micros = draw(start)
         if becomes_graph(model, train, n_process):
@@ -429,7 +426,7 @@ def main(argv: list[str]) -> None:
                 log.evaluation(done, val_loss, val_bpb, knock_movement(model))
             # After a skipped update it saves only at the end: the weights may be at fault.
             if stopping or (saves and (finite or last)):
-                state = {**settings, "format": FORMAT, "step": done, "val_loss": val_loss}
+                state = {**settings, "step": done, "val_loss": val_loss}
                 state |= {"tokenizer": tokenizer_for_checkpoint(tokenizer)}
                 state |= saver.collect(model, optimizer)
                 if rank == 0:

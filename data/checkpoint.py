@@ -10,6 +10,7 @@ those that were saved right after an evaluation. A checkpoint is a dictionary:
     tokenizer   the name of the tokenizer, or the text of its tokenizer.json
     data        sha256 of the run's train.bin
     val_loss    held-out loss, nats a token, if it was evaluated at this step, else None
+    best_loss   the lowest val_loss saved up to this step, that of best.pt; infinite if none
     model       the state dict of the model, whole tensors
     optimizer   that of the optimizer
 """
@@ -34,8 +35,7 @@ from data.processes import whole
 from data.script import sync, sync_names
 from kha import Config, Transformer
 
-FORMAT = 3  # 1 had the knocks beside the projections, as knock_v, and no "format"
-READABLE = (2, FORMAT)  # with 2 the knocks decayed, so its runs do not go on
+FORMAT = 3  # a file of another format is refused
 TYPES = {
     "format": int, "step": int, "config": dict, "train": dict, "tokenizer": str, "model": dict,
 }  # fmt: skip
@@ -95,17 +95,16 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
 
 class Saver:
     """Writes a run's checkpoints in a thread, while training goes on. As a context it ends when all
-    is on the disk. `start` is the step after which the run goes on, 0 for a new run, and `held_out`
-    the number of held-out tokens.
+    is on the disk. `start` is the step after which the run goes on, 0 for a new run, and `best` the
+    lowest held-out loss saved before, that of best.pt.
 
     A checkpoint stays in memory, and the next one is copied into it. Training waits for this copy,
     and into new memory it takes ten times as long. With a `model` the thread makes that memory
     at once, so that the first copy is short, too.
     """
 
-    def __init__(self, folder: str, start: int, held_out: int, model: nn.Module | None = None):
-        self.folder, self.held_out, self.memory = folder, held_out, None
-        self.best = None if start else math.inf  # held-out loss of best.pt; None: not yet read
+    def __init__(self, folder: str, start: int, best: float, model: nn.Module | None = None):
+        self.folder, self.best, self.memory = folder, best, None
         self.thread, self.work = ThreadPoolExecutor(1), None
         if model is not None:
             weights = sharded.get_model_state_dict(model)
@@ -143,13 +142,13 @@ class Saver:
         self.memory = {"model": model, "optimizer": {"state": state}}
 
     def write(self, checkpoint: dict) -> None:
-        """`save_checkpoint`, as best.pt too if its held-out loss is lower than that of best.pt."""
+        """`save_checkpoint`, as best.pt too if its held-out loss is the lowest so far."""
         loss = checkpoint["val_loss"]
-        if loss is not None and self.best is None:
-            self.best = best_loss(self.folder, checkpoint["train"]["eval_tokens"], self.held_out)
-        best = loss is not None and loss < self.best
-        save_checkpoint(self.folder, checkpoint, best)
-        self.best = loss if best else self.best
+        improves = loss is not None and loss < self.best
+        if improves:
+            self.best = loss
+        more = {"format": FORMAT, "best_loss": self.best}
+        save_checkpoint(self.folder, {**checkpoint, **more}, improves)
 
     def wait(self) -> None:
         """Wait until all is on the disk. Raises OSError if a checkpoint could not be written, or if
@@ -213,26 +212,14 @@ def remove(*paths: str) -> None:
         Path(path).unlink(missing_ok=True)
 
 
-def best_loss(folder: str, eval_tokens: int, held_out: int) -> float:
-    """The held-out loss of best.pt, infinite if there is none. It is infinite, too, and a warning
-    says so, if the file is damaged or its loss is not that of the first `eval_tokens` of all
-    `held_out` tokens."""
-    path = os.path.join(folder, "best.pt")
-    try:
-        best = read_checkpoint(path)
-        loss, before = best.get("val_loss"), best["train"].get("eval_tokens")
-        if loss is None:  # as in a copy that the user made
-            return math.inf
-        if not (isinstance(loss, int | float) and math.isfinite(loss) and isinstance(before, int)):
-            raise ValueError(f"{path} has a val_loss or eval_tokens that is not a finite number")
-        if before != eval_tokens and min(before, eval_tokens) < held_out:
-            raise ValueError(f"{path} was evaluated on {before} tokens, not on {eval_tokens}")
-        return loss
-    except FileNotFoundError:
+def best_so_far(checkpoint: dict | None, eval_tokens: int, held_out: int) -> float:
+    """The "best_loss" of the checkpoint from which a run goes on. It is infinite if there is none,
+    or if evaluations read more or fewer of all `held_out` tokens now, with `eval_tokens`."""
+    if not checkpoint or "best_loss" not in checkpoint:  # a new run, or saved by an older version
         return math.inf
-    except ValueError as error:
-        print(f"train.py: warning: {error}: the next checkpoint replaces it", file=sys.stderr)
-        return math.inf
+    length, before = checkpoint["config"]["block_size"], checkpoint["train"]["eval_tokens"]
+    n_before, n_now = (min(n, held_out - 1) // length for n in (before, eval_tokens))
+    return checkpoint["best_loss"] if n_before == n_now else math.inf
 
 
 def list_checkpoints(folder: str) -> list[str]:
@@ -261,7 +248,9 @@ def check_none_newer(folder: str, step: int) -> None:
     Then another run has saved it since this one looked for checkpoints."""
     for path in list_to_resume(folder):
         if step and os.path.basename(path) <= f"step-{step:08d}.pt":
-            return  # it is not newer, nor are those after it
+            # It is not newer, nor are those after it. best.pt ends here too, because "b" < "s": it
+            # is the last in the list, so the run goes on from it if no other is there.
+            return
         try:
             found = read_checkpoint(path)["step"]
         except ValueError:
@@ -298,8 +287,8 @@ def read_checkpoint(path: str) -> dict:
             if damaged := file.testzip():
                 raise ValueError(f"{damaged} in it fails its checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        version = checkpoint.get("format", 1) if "model" in checkpoint else FORMAT
-        if version in READABLE:  # what the others should hold is not known here
+        # What another format holds is not known here. A file without "format" is no checkpoint.
+        if checkpoint.get("format", FORMAT) == FORMAT:
             for key, kind in TYPES.items():
                 if not isinstance(checkpoint.get(key), kind):
                     raise LookupError(f"it lacks {key}, or that is no {kind.__name__}")
@@ -320,10 +309,10 @@ def read_checkpoint(path: str) -> dict:
         raise ValueError(
             f"{path} is damaged or not a checkpoint of this project ({reason})"
         ) from error
-    if version not in READABLE:
+    if checkpoint["format"] != FORMAT:
         raise ValueError(
-            f"{path} has the checkpoint format {version} and this version of the project has"
-            f" {FORMAT}: use the version that wrote it, or train again"
+            f"{path} has the checkpoint format {checkpoint['format']} and this version of the"
+            f" project has {FORMAT}: use the version that wrote it, or train again"
         )
     return checkpoint
 
