@@ -482,9 +482,10 @@ class FoldedGate(nn.Module):
 @torch.no_grad()
 def fold(model: nn.Module) -> nn.Module:
     """Multiply knocks into the weights beside them, in place; returns the model. Its outputs stay
-    the same. Linear knocks vanish (eq. 8), also those of `add_knocks`. Of an mlp or gate knock of a
-    `Transformer` a `FoldedGate` remains. Other knocks stay as they are. Raises ValueError, with
-    nothing changed, if one of these weights is shared, sharded or computed."""
+    the same. Linear knocks vanish (eq. 8), also those of `add_knocks`, if no MLP knock is on the
+    same projection. Of an mlp or gate knock of a `Transformer` a `FoldedGate` remains. Other knocks
+    stay as they are. Raises ValueError, with nothing changed, if one of these weights is shared,
+    sharded or computed."""
     attns = [part for part in model.modules() if isinstance(part, GQA)]
     # Attention is linear in the values. So W^down can go into W^O, which all of them pass.
     wo = {attn.wv: attn.wo for attn in attns if attn.wv.knock.kind == "mlp"}

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict as sharded
 
-from data.processes import whole
+from data.processes import is_first, whole
 from data.script import sync, sync_names
 from kha import Config, Transformer
 
@@ -213,13 +213,19 @@ def remove(*paths: str) -> None:
 
 
 def best_so_far(checkpoint: dict | None, eval_tokens: int, held_out: int) -> float:
-    """The "best_loss" of the checkpoint from which a run goes on. It is infinite if there is none,
-    or if evaluations read more or fewer of all `held_out` tokens now, with `eval_tokens`."""
+    """The "best_loss" of the checkpoint from which a run goes on. It is infinite if there is none.
+    It is infinite, too, and a warning says so, if evaluations read more or fewer of all `held_out`
+    tokens now, with `eval_tokens`."""
     if not checkpoint or "best_loss" not in checkpoint:  # a new run, or saved by an older version
         return math.inf
     length, before = checkpoint["config"]["block_size"], checkpoint["train"]["eval_tokens"]
     n_before, n_now = (min(n, held_out - 1) // length for n in (before, eval_tokens))
-    return checkpoint["best_loss"] if n_before == n_now else math.inf
+    if n_before == n_now:
+        return checkpoint["best_loss"]
+    if is_first():
+        print(f"train.py: warning: evaluations read {n_now} sequences now, and {n_before} before:"
+              " the next one replaces best.pt", file=sys.stderr)
+    return math.inf
 
 
 def list_checkpoints(folder: str) -> list[str]:

@@ -9,6 +9,7 @@ as a letter, as GPT-2 did.
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -32,6 +33,18 @@ LETTERS = byte_letters()
 BYTES = {letter: byte for byte, letter in enumerate(LETTERS)}
 
 
+@contextmanager
+def errors_of_library(message: str) -> Iterator[None]:
+    """A context in which errors of the library `tokenizers` become ValueErrors. Where its Rust code
+    panics, they are no Exception."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise ValueError(f"{message} ({error})") from error
+
+
 class JsonTokenizer:
     """The tokenizer of a tokenizer.json, given its text: the library `tokenizers` with the methods
     of a tiktoken.Encoding that are used here. Its ids are those of transformers, but text that
@@ -43,12 +56,10 @@ class JsonTokenizer:
 
     def __init__(self, text: str, name: str = "tokenizer.json"):
         module = import_optional("tokenizers", f"the tokenizer {name}", extra="hf")
-        self.text, self.name = text.lstrip(), name
-        try:
+        self.text, self.name = text, name
+        reads = f"no tokenizer.json that tokenizers {module.__version__} reads"
+        with errors_of_library(f"{name} is damaged, or {reads}"):
             self.library = library = module.Tokenizer.from_str(text)
-        except Exception as error:  # the library has no other class
-            raise ValueError(f"{name} is damaged, or no tokenizer.json that tokenizers"
-                             f" {module.__version__} reads ({error})") from error
         library.encode_special_tokens = True  # as text
         library.no_truncation()
         library.no_padding()
@@ -73,17 +84,15 @@ class JsonTokenizer:
         ]:  # fmt: skip
             if wrong:
                 raise ValueError(f"cannot use the tokenizer {name}, which has {what}")
-        self.encode("a b")  # not after hours
+        self.encode("a b")  # a file that loses spaces is refused now, not in the middle of a text
 
     def encode(self, text: str, disallowed_special=()) -> list[int]:
         """Raises ValueError if the tokens do not spell the text (in Unicode's form NFC, if the file
         says so): some tokenizers leave characters out, or add a space."""
         normalizer = self.library.normalizer
-        try:
+        with errors_of_library(f"the tokenizer {self.name} fails"):
             [found] = self.library.encode_batch_fast([text])
             wanted = normalizer.normalize_str(text) if normalizer else text
-        except Exception as error:  # as in __init__
-            raise ValueError(f"the tokenizer {self.name} fails: {error}") from error
         ids = found.ids
         spelt = b"".join(self.decode_tokens_bytes(ids))
         if spelt != wanted.encode() or self.eot_token in ids:

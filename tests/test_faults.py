@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import train
-from data.checkpoint import Saver, list_checkpoints, load_checkpoint, save_checkpoint
+from data.checkpoint import Saver, best_so_far, list_checkpoints, load_checkpoint, save_checkpoint
 from data.evaluation import evaluate
 from data.log import Log, Progress
 from kha import Transformer
@@ -242,7 +242,7 @@ def test_killed_between_renames_a_run_ends_with_the_same_best(
     "before,now,best",
     [(512, 544, 30), (512, 543, 20), (10**6, 512, 30), (10**6, 10**7, 20), (None, 512, 30)],
 )
-def test_losses_on_other_tokens_are_not_compared(before, now, best, halves, data):
+def test_losses_on_other_tokens_are_not_compared(before, now, best, halves, data, capsys):
     """Whole sequences of 32 tokens are read, and there are fewer than 10**6 held-out tokens. With
     None the checkpoint is of an older version, which did not save the best loss."""
     checkpoint = load_checkpoint(halves / "step-00000020.pt")[1] | {"best_loss": 0.1}
@@ -253,6 +253,14 @@ def test_losses_on_other_tokens_are_not_compared(before, now, best, halves, data
     args = ["--data", str(data), "--out", str(halves), "--resume", "--eval_tokens", str(now)]
     main([*SHORT, *args])
     assert load_checkpoint(halves)[1]["step"] == best
+    warns = bool(before) and best == 30
+    assert ("the next one replaces best.pt" in capsys.readouterr().err) == warns
+
+
+def test_of_held_out_tokens_the_last_is_only_a_target():
+    before = {"config": {"block_size": 32}, "train": {"eval_tokens": 32}, "best_loss": 1.0}
+    assert best_so_far(before, 10**6, held_out=64) == 1
+    assert best_so_far(before, 10**6, held_out=65) == float("inf")
 
 
 def test_a_run_of_which_only_the_best_is_left_goes_on_from_it(whole, halves, data):

@@ -282,6 +282,18 @@ def test_a_text_that_the_tokens_do_not_spell_is_named(name, small, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "tokenizer.json"]
 
 
+def test_a_text_at_which_the_library_panics_is_named(small, tmp_path):
+    """Its regular expressions give up after millions of steps."""
+    file, text = tmp_path / "tokenizer.json", tmp_path / "bad.txt"
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    split["pattern"] = {"Regex": r"(?:a|aa)+$|[^c]|c"}
+    cut = {"type": "Sequence", "pretokenizers": [split, dict(LETTERS, use_regex=False)]}
+    file.write_text(change(small, "pre_tokenizer", cut))
+    text.write_text("a" * 300 + "b")
+    with pytest.raises(ValueError, match=f"{text} cannot be tokenised .the tokenizer {file} fails"):
+        prepare([str(text)], str(tmp_path / "out"), tokenizer=str(file))
+
+
 # --- the file goes along ---
 
 
@@ -325,7 +337,7 @@ def test_a_replaced_file_is_refused(small, text, tmp_path):
     swapped = before.replace('"a": 65', '"a": 66').replace('"b": 66', '"b": 65')
     assert decoded(load_tokenizer(swapped), [65]) == "b"
     moved = before.replace('"id": 0', '"id": 600').replace(f'"{END}": 0', f'"{END}": 600')
-    assert load_tokenizer(moved).eot_token == 600
+    assert (load_tokenizer(moved).eot_token, load_tokenizer(moved).n_vocab) == (600, 601)
     check_tokenizer(str(own), json.dumps(json.loads(before), indent=4))
     for other in (swapped, moved):
         with pytest.raises(ValueError, match=f"{own} is in tokens of {path} and the model in"):
