@@ -163,7 +163,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     train = TrainConfig(**settings)
     if train.init and os.path.exists(os.path.join(train.init, "config.json")):
         config, checkpoint = start_from_hf(train.init, shape)
-    elif train.init.endswith(".safetensors"):
+    elif train.init.endswith((".safetensors", ".json")):
         raise ValueError(f"--init {train.init}: name the folder of the model, not a file in it")
     elif train.init:
         config, checkpoint = start_from(train.init, shape)
@@ -349,12 +349,10 @@ def check_run(config: Config, train: TrainConfig, checkpoint: dict | None, devic
             f"{data} has a vocabulary of {meta['vocab_size']} ({meta['tokenizer']}), more than the"
             f" model's {config.vocab_size}: add --vocab_size {-(-meta['vocab_size'] // 64) * 64}"
         )
-    for split in ("train", "val"):
-        if (n := meta[split]["tokens"]) <= T:
-            raise ValueError(
-                f"{data} ({split}) has {n} tokens, fewer than one sequence of {T} + 1: prepare"
-                f" more text, or train with --block_size {n - 1} or less"
-            )
+    n, split = min((meta[split]["tokens"], split) for split in ("train", "val"))
+    if n <= T:
+        raise ValueError(f"{data} ({split}) has {n} tokens, fewer than one sequence of {T} + 1:"
+                         f" prepare more text, or train with --block_size {n - 1} or less")
     if train.eval_tokens < T:
         raise ValueError(f"eval_tokens must be at least block_size, {T}, not {train.eval_tokens}")
     if start > train.steps:

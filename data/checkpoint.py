@@ -10,7 +10,7 @@ those that were saved right after an evaluation. A checkpoint is a dictionary:
     tokenizer   the name of the tokenizer, or the text of its tokenizer.json
     data        sha256 of the run's train.bin
     val_loss    held-out loss, nats a token, if it was evaluated at this step, else None
-    best_loss   the lowest val_loss saved up to this step, that of best.pt; infinite if none
+    best_loss   the lowest val_loss that was saved up to this step; infinite if none was
     model       the state dict of the model, whole tensors
     optimizer   that of the optimizer
 """
@@ -213,18 +213,18 @@ def remove(*paths: str) -> None:
 
 
 def best_so_far(checkpoint: dict | None, eval_tokens: int, held_out: int) -> float:
-    """The "best_loss" of the checkpoint from which a run goes on. It is infinite if there is none.
-    It is infinite, too, and a warning says so, if evaluations read more or fewer of all `held_out`
-    tokens now, with `eval_tokens`."""
-    if not checkpoint or "best_loss" not in checkpoint:  # a new run, or saved by an older version
+    """The "best_loss" of the checkpoint from which a run goes on; infinite for a new run. It is
+    infinite, too, and a warning says so, if an earlier version saved none, or if evaluations read
+    more or fewer of all `held_out` tokens now, with `eval_tokens`."""
+    if not checkpoint or checkpoint["step"] == 0:
         return math.inf
     length, before = checkpoint["config"]["block_size"], checkpoint["train"]["eval_tokens"]
     n_before, n_now = (min(n, held_out - 1) // length for n in (before, eval_tokens))
-    if n_before == n_now:
+    if n_before == n_now and "best_loss" in checkpoint:
         return checkpoint["best_loss"]
     if is_first():
-        print(f"train.py: warning: evaluations read {n_now} sequences now, and {n_before} before:"
-              " the next one replaces best.pt", file=sys.stderr)
+        print(f"train.py: warning: how good best.pt is on {n_now} sequences is not known: the next"
+              " checkpoint after an evaluation replaces it", file=sys.stderr)
     return math.inf
 
 

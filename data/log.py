@@ -147,6 +147,10 @@ class Log:
             f" {device.split(':')[0]}; writing {self.out}"
             + (f", going on after step {start}" if start else "")
         )
+        seconds = self.flops_per_token * self.batch_tokens / 1e11  # about what two CPU cores need
+        if device == "cpu" and seconds > 60:
+            minutes = f"{seconds / 60:,.0f} minutes"
+            self.say(f"this is for a GPU: two CPU cores need about {minutes} for an update")
 
     def update(
         self, step: int, lr: float, numbers: Callable[[], tuple[list, Moment]]

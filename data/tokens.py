@@ -43,7 +43,9 @@ def load_tokenizer(name: str) -> Tokenizer:
         return JsonTokenizer(definition(name), name)
     if name not in TOKENIZERS:
         known = f"choose from {', '.join(TOKENIZERS)}, or give the path of a tokenizer.json"
-        raise ValueError(f"unknown tokenizer {name}: {nearest(name, TOKENIZERS, known)}")
+        file = Path(name, TOKENIZER_FILE)
+        hint = f"did you mean {file}?" if file.is_file() else nearest(name, TOKENIZERS, known)
+        raise ValueError(f"unknown tokenizer {name}: {hint}")
     if name == "byte":
         # without merges, the pattern only says how much text to take at a time; 64 is fastest
         ranks = {bytes([byte]): byte for byte in range(256)}
@@ -163,11 +165,9 @@ def load_meta(folder: str) -> dict[str, Any]:
         path = Path(folder, TOKENIZER_FILE)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: put it back or {again}")
-        # folders that an earlier version prepared have no hash: nothing shows if theirs is right
         if hashlib.sha256(path.read_bytes()).hexdigest() != meta.get("tokenizer_sha256"):
-            raise ValueError(f"{path} is not known to be the tokenizer of these data (meta.json "
-                             "does not have its sha256): put the right one back or, if an earlier "
-                             f"version prepared them, {again}")
+            raise ValueError(f"{path} is not the tokenizer of these data (meta.json does not have "
+                             f"its sha256): put the right one back or {again}")
         meta["tokenizer"] = str(path)
     return meta
 

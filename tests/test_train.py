@@ -255,6 +255,15 @@ def test_speed_is_tokens_in_a_second_and_the_share_of_all_peaks(tmp_path, monkey
     assert [line["tokens_per_s"] for line in others] == [1024, 256]
 
 
+@pytest.mark.parametrize("batch_tokens,says", [(256, False), (2**30, True)])
+def test_on_a_cpu_a_run_says_that_it_is_for_a_gpu(batch_tokens, says, tmp_path, capsys):
+    config, settings, _ = parse_config([*SHORT, "--out", str(tmp_path)])
+    settings = dataclasses.asdict(settings) | {"batch_tokens": batch_tokens}
+    log = Log(str(tmp_path), 0)
+    log.begin(Transformer(config), {"train": settings}, "cpu", n_process=1, start=0, n_tokens=1)
+    assert ("for a GPU: two CPU cores need about" in capsys.readouterr().out) == says
+
+
 def test_the_time_of_evaluations_and_checkpoints_is_not_that_of_updates(
     data, tmp_path, monkeypatch
 ):
@@ -533,6 +542,7 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
         ("--data DATA --out RUN --lr nan", "lr must be > 0 and < 2^63, not nan"),
         ("--data DATA --out DATA", "holds the data: choose another --out"),
         ("--init llama/model.safetensors", "name the folder of the model, not a file in it"),
+        ("--init llama/config.json", "name the folder of the model, not a file in it"),
         ("--out BROKEN --resume", "damaged"),
         ("--out RUN --resume --n_layer 3",
          "--n_layer 3 differs from the checkpoint's 1: leave it out"),
