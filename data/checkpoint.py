@@ -96,7 +96,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
 class Saver:
     """Writes a run's checkpoints in a thread, while training goes on. As a context it ends when all
     is on the disk. `start` is the step after which the run goes on, 0 for a new run, and `best` the
-    lowest held-out loss saved before, that of best.pt.
+    lowest held-out loss that was saved before.
 
     A checkpoint stays in memory, and the next one is copied into it. Training waits for this copy,
     and into new memory it takes ten times as long. With a `model` the thread makes that memory
