@@ -205,7 +205,8 @@ def import_hf(folder: str, **changes) -> tuple[Config, dict[str, torch.Tensor]]:
         rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # as transformers does
         for there, what in [
             (hf.get("model_type") != "qwen3",
-             f"a model of type {hf.get('model_type')!r}, not qwen3"),
+             f"a model of type {hf.get('model_type')!r}, not qwen3 (of a run of train.py, name the"
+             " run's own folder, not what it exported)"),
             (hf.get("attention_bias"), "biases (attention_bias)"),
             (hf.get("use_sliding_window"), "sliding windows (use_sliding_window)"),
             (hf.get("hidden_act", "silu") != "silu",
