@@ -515,7 +515,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def check_own(model: nn.Module, parts: set[nn.Module]) -> None:
-    """Raises ValueError if a change of these parts' weights would be lost, or change others, too."""
+    """Raises ValueError if a change of these weights would be lost, or change others, too."""
     held = [id(x) for m in model.modules() for x in (*m._modules.values(), *m._parameters.values())]
     sharded = any(hasattr(part, "reshard") for part in model.modules())  # by FSDP
     for name, part in model.named_modules():
