@@ -59,6 +59,7 @@ from data.processes import (
 )
 from data.script import Signals, add_fields, parse_args, run_script
 from data.tokens import (
+    SPLITS,
     check_tokenizer,
     draw_batch,
     load_meta,
@@ -351,7 +352,7 @@ def check_run(config: Config, train: TrainConfig, checkpoint: dict | None, devic
             f"{data} has a vocabulary of {meta['vocab_size']} ({meta['tokenizer']}), more than the"
             f" model's {config.vocab_size}: add --vocab_size {-(-meta['vocab_size'] // 64) * 64}"
         )
-    n, split = min((meta[split]["tokens"], split) for split in ("train", "val"))
+    n, split = min((meta[split]["tokens"], split) for split in SPLITS)
     if n <= T:
         raise ValueError(f"{data} ({split}) has {n} tokens, fewer than one sequence of {T} + 1:"
                          f" prepare more text, or train with --block_size {n - 1} or less")

@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict as sharded
 
@@ -48,7 +47,7 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer, memory: dict | N
     parts = {"model": sharded.get_model_state_dict(model)}
     if optimizer.state:  # before its first update the call below would make one up
         parts["optimizer"] = sharded.get_optimizer_state_dict(model, optimizer)
-    return copy(parts, memory, keep=not dist.is_initialized() or dist.get_rank() == 0)
+    return copy(parts, memory, keep=is_first())
 
 
 def copy(tree, memory=None, keep: bool = True):

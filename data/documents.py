@@ -1,6 +1,7 @@
 """From the inputs of data/prepare.py to documents. No file and no data set is held in memory."""
 
 import csv
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -12,7 +13,6 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -222,12 +222,13 @@ class Document(NamedTuple):
     pieces: Iterable[bytes]  # the text in UTF-8
 
 
-@dataclass
+@dataclasses.dataclass
 class LeftOut:
     """Counts what does not become a document."""
 
     skipped_files: int = 0  # in folders, without text
-    file_examples: tuple[str, ...] = ()  # a skipped file for each reason
+    # A skipped file for each reason, by reason: "name: reason".
+    file_examples: dict[str, str] = dataclasses.field(default_factory=dict)
     dropped_documents: int = 0  # duplicate or empty
     skipped_rows: int = 0
     rows: int = 0  # the skipped ones included
@@ -236,8 +237,7 @@ class LeftOut:
     def skip_file(self, name: str, why: str) -> None:
         """Count a file in a folder that has no text."""
         self.skipped_files += 1
-        if not any(example.endswith(why) for example in self.file_examples):
-            self.file_examples += (f"{name!r}: {why}",)
+        self.file_examples.setdefault(why, f"{name!r}: {why}")
 
     def check_rows(self, field: str, at_least: int = 0) -> None:
         """Raises ValueError if more than 1% of the rows, or of `at_least`, were skipped."""

@@ -167,7 +167,8 @@ def write_data(folder: Path, inputs: list[str], encoding: Tokenizer, field: str 
     total = sum(source.path.stat().st_size for source in sources if source.path)
     ends = write_tokens(folder / "train.bin", documents, encoding, workers, total)
     if not digests:
-        why = f" ({'; '.join(left_out.file_examples)})" if left_out.file_examples else ""
+        examples = "; ".join(left_out.file_examples.values())
+        why = f" ({examples})" if examples else ""
         raise ValueError(f"no text: {left_out.skipped_files:,} files in folders were skipped{why}, "
                          f"{left_out.dropped_documents:,} documents are empty: name other files "
                          "or, for rows, another --field")
@@ -178,7 +179,7 @@ def write_data(folder: Path, inputs: list[str], encoding: Tokenizer, field: str 
             "eot": encoding.eot_token, "dtype": token_dtype(encoding).name,
             "sources": inputs or [stdlib], "val_fraction": val_fraction,
             "skipped_files": left_out.skipped_files, "skipped_rows": left_out.skipped_rows,
-            "skipped_file_examples": [*left_out.file_examples],
+            "skipped_file_examples": [*left_out.file_examples.values()],
             "dropped_documents": left_out.dropped_documents, **splits}
 
 

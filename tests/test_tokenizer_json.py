@@ -272,10 +272,8 @@ def test_a_very_long_run_of_one_character_is_tokenised(unit, small, tmp_path):
 def test_a_text_that_the_tokens_do_not_spell_is_named(name, small, tmp_path):
     """A token that takes the space before it, which it does not spell."""
     file, folder = tmp_path / "tokenizer.json", tmp_path / "in"
-    small.save(str(file))
-    content = json.loads(file.read_text())
-    content["added_tokens"].append(added("<think>", 600, special=False, lstrip=True))
-    file.write_text(json.dumps(content))
+    think = added("<think>", 600, special=False, lstrip=True)
+    file.write_text(change(small, "added_tokens", [added(END, 0), think]))
     folder.mkdir()
     for i in range(20):
         (folder / f"{i}.txt").write_text(f"good <{i}>")
