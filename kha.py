@@ -189,10 +189,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale=No
     (B, S, H_kv, D). H / H_kv query heads share a key/value head. scale None: 1 / sqrt(width of q).
     mask None: a token sees itself and all before it. In MLA, q and k have more features than v."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T or S, D)
-    if mask is not None:
-        return attend_with_mask(q, k, v, mask, scale).transpose(1, 2)  # (B, T, H, D)
-    grouped = q.shape[1] > k.shape[1]
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    y = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] > k.shape[1]
+    )
     return y.transpose(1, 2)  # (B, T, H, D)
 
 
@@ -320,16 +319,6 @@ class Transformer(nn.Module):
 # To look up: the other attentions of Table 3, knocks on models that are not ours, folding, configs
 
 
-def attend_with_mask(q, k, v, mask: Tensor, scale: float | None) -> Tensor:
-    """`attend` with a mask, for sampling: q (B, H, T, D), k and v (B, H_kv, S, D) -> (B, H, T, D).
-    With few queries and a long past, plain products are faster than torch's attention."""
-    group = q.shape[1] // k.shape[1]  # query heads that share a key/value head
-    q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, H_kv, group * T, D), one head after another
-    scores = upcast(q @ k.mT) * (scale or q.shape[-1] ** -0.5)  # (B, H_kv, group * T, S)
-    y = scores.masked_fill(~mask.repeat(group, 1), -math.inf).softmax(-1).to(v.dtype) @ v
-    return y.unflatten(2, (group, -1)).flatten(1, 2)  # (B, H, T, D)
-
-
 class GTA(nn.Module):
     """Grouped-tied attention (Zadouri et al. 2025, arXiv 2505.21487): (B, T, C) -> (B, T, C).
 
@@ -400,11 +389,14 @@ class MLA(nn.Module):
             v = torch.einsum("btgr,ghdr->btghd", latent, wv).flatten(2, 3)
             k = torch.cat((k, k_rope.expand_as(q_rope)), dim=-1)  # (B, T, H, D + D/2)
             return self.wo(attend(torch.cat((q, q_rope), dim=-1), k, v).flatten(2))
-        q = torch.einsum("btghd,ghdr->btghr", q.unflatten(2, (G, -1)), wk).flatten(2, 3)
-        q = torch.cat((q, q_rope), dim=-1)  # (B, T, H, R + D/2)
+        # torch's attention is slow where values are narrower than keys, as here. So, by hand:
+        q = torch.einsum("btghd,ghdr->btghr", q.unflatten(2, (G, -1)), wk)  # (B, T, G, H/G, R)
+        q = torch.cat((q, q_rope.unflatten(2, (G, -1))), dim=-1)  # (B, T, G, H/G, R + D/2)
         k = torch.cat((latent, k_rope.expand(-1, -1, G, -1)), dim=-1)  # (B, S, G, R + D/2)
-        y = attend(q, k, latent, common.mask, scale=(D + D // 2) ** -0.5)  # (B, T, H, R)
-        y = torch.einsum("btghr,ghdr->btghd", y.unflatten(2, (G, -1)), wv)  # (B, T, G, H/G, D)
+        scores = upcast(torch.einsum("btghr,bsgr->bghts", q, k)) * (D + D // 2) ** -0.5
+        p = scores.masked_fill(~common.mask, -math.inf).softmax(-1)  # (B, G, H/G, T, S)
+        y = torch.einsum("bghts,bsgr->btghr", p.to(latent.dtype), latent)
+        y = torch.einsum("btghr,ghdr->btghd", y, wv)  # (B, T, G, H/G, D)
         return self.wo(y.flatten(2))
 
 

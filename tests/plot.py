@@ -159,21 +159,24 @@ def draw_differences(findings: Findings, path: Path) -> Path:
 
 
 def draw_lengths(findings: Findings, path: Path) -> Path:
-    """The difference that the MLP knock on v makes, against the bytes of a whole run: pairs as
-    dots, their means and 95% intervals as bars."""
+    """The difference that the MLP knock on v makes, with and without weight decay, against the
+    bytes of a whole run: pairs as dots, their means and 95% intervals as bars."""
     figure, axes = plt.subplots(figsize=(7, 4))
-    ticks = []
-    for group in findings.groups:
-        differences = findings.differences(group, "mlp on v")
-        if differences:
-            ticks.append(findings.pairs(group, "mlp on v")[0][0]["tokens"] / 1e6)
-            draw_interval(axes, ticks[-1], differences, COLORS["mlp on v"], upright=True)
+    ticks = set()
+    for kind, shift in (("mlp on v, no decay", 0.97), ("mlp on v", 1.03)):  # side by side
+        for group in findings.groups:
+            differences = findings.differences(group, kind)
+            if differences:
+                millions = findings.pairs(group, kind)[0][0]["tokens"] / 1e6
+                ticks.add(millions)
+                draw_interval(axes, shift * millions, differences, COLORS[kind], upright=True)
+        axes.plot([], [], "s", color=COLORS[kind], label=kind)
     axes.axhline(0, color=COLORS["none"], linewidth=1)
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{x:.0f}" for x in ticks], minor=False)
-    axes.set(xlabel="millions of bytes trained on", ylabel=f"mlp on v: {DIFFERENCE}",
-             ylim=(-RANGE, RANGE))
+    axes.set_xticks(sorted(ticks), [f"{x:.0f}" for x in sorted(ticks)], minor=False)
+    axes.set(xlabel="millions of bytes trained on", ylabel=DIFFERENCE, ylim=(-RANGE, RANGE))
     axes.minorticks_off()
+    axes.legend()
     return save(figure, path)
 
 
