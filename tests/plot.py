@@ -29,6 +29,8 @@ COLORS = {
     "nanoGPT": "#882255",
     "linear on v, no decay": "#0072b2",
     "mlp on v, no decay": "#882255",
+    "gate on v, no decay": "#cc79a7",
+    "mlp on q, k, v, no decay": "#e69f00",
     "mlp on v, decay to the start": "#0072b2",
     "mlp on v, slow": "#009e73",
     "mlp on v, one for each head": "#009e73",

@@ -93,6 +93,8 @@ KINDS = {  # the peer that runs it, "" for train.py, and its options
     "mlp on v, one for each head": ("unshared", "--knock_v mlp"),
     "linear on v, no decay": ("", "--knock_v linear"),
     "mlp on v, no decay": ("", "--knock_v mlp"),
+    "gate on v, no decay": ("", "--knock_v gate"),
+    "mlp on q, k, v, no decay": ("", "--knock_q mlp --knock_k mlp --knock_v mlp"),
     "mlp on v, decay to the start": ("to-start", "--knock_v mlp"),
     "mlp on v, slow": ("slow", "--knock_v mlp"),
 }
@@ -177,7 +179,8 @@ STUDIES = {
         "",
         grid({"": small()}, DEFAULT, range(1, 5))
         + grid({"": small()}, TYPES, range(1, 5))
-        + grid({"": small()}, PAIR, range(5, 9)),
+        + grid({"": small()}, PAIR, range(5, 9))
+        + grid({"": small()}, ["gate on v, no decay", "mlp on q, k, v, no decay"], range(1, 5)),
     ),
     "toy": Study("", grid({"": "toy"}, PAIR, range(1, 6))),
     "tokens": Study(
@@ -193,7 +196,8 @@ STUDIES = {
         grid(KV_HEADS, PAIR, range(1, 4))
         + grid(
             {n: KV_HEADS[n] for n in ("4", "12")}, ["mlp on v, one for each head"], range(1, 4)
-        ),
+        )
+        + grid(KV_HEADS, ["mlp on v, no decay"], range(1, 4)),
     ),
     "sizes": Study(
         "parameters",
@@ -202,7 +206,8 @@ STUDIES = {
     "variants": Study(
         "attention",
         grid(VARIANTS, PAIR, range(1, 4))
-        + grid(MLA, ["none", "linear on v, no decay"], range(1, 4)),
+        + grid(MLA, ["none", "linear on v, no decay"], range(1, 4))
+        + grid(VARIANTS, ["mlp on v, no decay"], range(1, 4)),
     ),
     "decay": Study(
         "",
