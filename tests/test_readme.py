@@ -58,7 +58,7 @@ def test_the_headline_is_what_the_results_say():
     by_seed = [sum(seed) / len(seed) for seed in zip(*complete, strict=True)]
     assert f"lowers the loss by {shown(by_seed)} nats a byte" in prose
     long = found("tokens").differences("1B", "mlp on v, no decay")
-    assert f"After 1B bytes `small` still gains {shown(long)}, " in prose
+    assert f"After 1B bytes `small` still gains {shown(long)}: " in prose
     no_decay = found("decay").differences("", "mlp on v, no decay")
     assert f"Weight decay on knocks takes {shown(no_decay)} away" in prose
     types = found("types").results
