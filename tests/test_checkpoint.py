@@ -171,16 +171,6 @@ def test_all_checkpoints_are_copied_into_memory_that_is_made_at_the_start(tmp_pa
         assert equal_weights(second["optimizer"]["state"][name], optimizer.state[p])
 
 
-def test_if_the_first_save_fails_the_message_says_that_nothing_is_saved(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left .*: mend that, and --resume starts again"):
-        save_checkpoint(tmp_path, tiny_checkpoint(1)[1])
-    assert names(tmp_path) == []
-
-
 @pytest.mark.parametrize("start,n_fit,warns", [(0, 3, True), (0, 4, False), (9, 3, False)])
 def test_a_new_run_on_a_small_disk_is_told_so(
     tmp_path, monkeypatch, capsys, start, n_fit, warns

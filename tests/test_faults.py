@@ -660,7 +660,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(whole, data, tmp_path, m
 @pytest.mark.parametrize(
     "error,step,message",
     [
-        (OSError(errno.ENOSPC, "No space left on device"), 10, "cannot save to .*No space left"),
+        (OSError(errno.ENOSPC, "No space left on device"), 10, "No space .*--resume starts again"),
         (RuntimeError("unexpected pos"), 10, "cannot save to .*as on a full disk: unexpected pos"),
         (TypeError("a slip in the code"), 10, "a slip in the code"),
         (TypeError("a slip in the code"), 30, "a slip in the code"),  # the last checkpoint
