@@ -120,15 +120,6 @@ def nanogpt_options(config: Config, train: TrainConfig, folder: str, device: str
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
-def read_update(line: str, batch_tokens: int) -> dict[str, float] | None:
-    """An update in a line of nanoGPT's output; None if the line is about something else."""
-    match = re.match(r"iter (\d+): loss (\S+), time (\S+)ms", line)
-    if not match:
-        return None
-    speed = batch_tokens / (float(match[3]) / 1000)
-    return {"step": int(match[1]) + 1, "loss": float(match[2]), "tokens_per_s": speed}
-
-
 class Lines(io.TextIOBase):
     """An output from which `take` gets each line, too."""
 
@@ -164,8 +155,11 @@ def run_nanogpt(config: Config, train: TrainConfig, device: str) -> None:
     log = Log(train.out, 0)
 
     def take(line: str) -> None:
-        if update := read_update(line, train.batch_tokens):
-            log_update(log, device, **update)
+        match = re.match(r"iter (\d+): loss (\S+), time (\S+)ms", line)
+        if match:
+            speed = train.batch_tokens / (float(match[3]) / 1000)
+            step, loss = int(match[1]) + 1, float(match[2])
+            log_update(log, device, step=step, loss=loss, tokens_per_s=speed)
 
     with tempfile.TemporaryDirectory(dir=os.path.abspath(train.out)) as folder:
         for name in ("train.bin", "val.bin"):
