@@ -226,7 +226,7 @@ def draw_times(findings: Findings, path: Path) -> Path:
     for kind, run in best.items():
         color, name = COLORS[kind], kind if kind == "nanoGPT" else f"ours, {kind}"
         curve = np.array(run["curve"], dtype=float)
-        later += list(curve[len(curve) // 10 :])
+        later += [loss for loss in curve[len(curve) // 10 :] if np.isfinite(loss)]
         times = seconds(run, run["curve_bin"] * np.arange(1, len(curve) + 1))
         axes.plot(times, curve, color=color, alpha=0.3, linewidth=1)
         steps, losses, _ = np.array(run["evals"], dtype=float).T

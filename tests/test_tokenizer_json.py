@@ -119,6 +119,16 @@ def test_a_token_without_merges_is_a_whole_piece_only():
         assert theirs.encode(text).ids == ours.encode(text) == ids
 
 
+def test_numbers_are_cut_where_tiktoken_cuts_them():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {b"12": 256, b"123": 257, b"45": 258, b"67": 259, b"4567": 260}
+    ours = tiktoken.Encoding(
+        "own", pat_str=r"\p{N}{1,3}+", mergeable_ranks=ranks, special_tokens={END: 261}
+    )
+    theirs = tokenizers.Tokenizer.from_str(to_json(ours))
+    assert theirs.encode("1234567").ids == ours.encode("1234567") == [257, 258, 54, 55]
+
+
 def test_transformers_takes_the_exported_tokenizer(tmp_path):
     from data.hf import export_hf
     from tests.test_hf import ours
