@@ -49,7 +49,7 @@ class Config:
     n_layer: int = 12  # blocks
     n_embd: int = 768  # features of a token
     n_head: int = 12  # query heads
-    n_kv_head: int = 12  # key and value heads: n_head of them is MHA, 1 is MQA, between is GQA
+    n_kv_head: int = 12  # key/value heads: n_head is MHA, 1 MQA, between GQA; MLA: latents
     head_dim: int = 64  # features of a head
     attention: str = "gqa"  # gqa, gta or mla
     kv_rank: int = 0  # MLA: features of all n_kv_head latents together; 2 latents or more are GLA
@@ -184,13 +184,13 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale=None) -> Tensor:
-    """O_i of eq. 4 for each head, softmax(scale q k^T) v: q (B, T, H, D) -> (B, T, H, D), with k, v
-    (B, S, H_kv, D). H / H_kv query heads share a key/value head. scale None: 1 / sqrt(width of q).
-    mask None: a token sees itself and all before it. In MLA, q and k have more features than v."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """O_i of eq. 4 for each head, softmax(q k^T / sqrt(width of q)) v: q (B, T, H, D) -> the same,
+    with k, v (B, S, H_kv, D). H / H_kv query heads share a key/value head. mask None: a token sees
+    itself and all before it. In MLA, q and k have more features than v."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T or S, D)
     y = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] > k.shape[1]
+        q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] > k.shape[1]
     )
     return y.transpose(1, 2)  # (B, T, H, D)
 
@@ -205,7 +205,7 @@ class GQA(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         C, D = config.n_embd, config.head_dim
-        self.wo = Linear(config.n_head * D, C)  # first: another order gives other random starts
+        self.wo = Linear(config.n_head * D, C)  # must stay first: the order decides the start
         self.wq = Heads(C, config.n_head, D, config.knock_q)
         self.wk = Heads(C, config.n_kv_head, D, config.knock_k)
         self.wv = Heads(C, config.n_kv_head, D, config.knock_v)

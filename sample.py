@@ -161,7 +161,7 @@ def generate(
         sample_logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
     )
     cache = Cache(model, length)
-    texts = torch.zeros(n_samples, length, dtype=torch.long, device=device)  # what the cache holds
+    texts = torch.zeros(n_samples, length, dtype=torch.long, device=device)  # tokens by position
 
     def read(start: Tensor) -> Tensor:
         """Begin the cache with start (B, T); returns the logits of the next token, (B, V)."""

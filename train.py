@@ -235,8 +235,8 @@ def balance_experts(model: Transformer, rate: Tensor, rule: str) -> Tensor:
     return (loads.amax(-1) / loads.mean(-1)).max()
 
 
-def to_cpu(numbers: Tensor, stops: bool) -> Callable[[], tuple[list[float], Moment]]:
-    """Start to copy an update's numbers, and one more: above 0 if any of all processes stops."""
+def copy_with_stop(numbers: Tensor, stops: bool) -> Callable[[], tuple[list[float], Moment]]:
+    """`copy_to_cpu` of an update's numbers and one more: how many processes want to stop."""
     n_stopping = sum_over_processes(torch.full((1,), float(stops), device=numbers.device))
     return copy_to_cpu(torch.cat((numbers, n_stopping)))
 
@@ -254,12 +254,12 @@ def make_optimizer(model: Transformer, train: TrainConfig) -> torch.optim.Optimi
     """AdamW; matrices decay to 0, norms and knocks do not. The paper does not say whether its
     knocks do. Without decay the MLP on values learns better (tests/results, study `decay`). The
     learning rate is a tensor, so that a CUDA graph of the step reads what it is then."""
-    decay, keep = [], []
+    decay, no_decay = [], []
     for name, p in model.named_parameters():
-        (keep if p.dim() < 2 or "knock." in name else decay).append(p)
+        (no_decay if p.dim() < 2 or "knock." in name else decay).append(p)
     groups = [
         {"params": decay, "weight_decay": train.weight_decay},
-        {"params": keep, "weight_decay": 0.0},
+        {"params": no_decay, "weight_decay": 0.0},
     ]
     device = decay[0].device
     return torch.optim.AdamW(
@@ -277,8 +277,8 @@ def make_optimizer(model: Transformer, train: TrainConfig) -> torch.optim.Optimi
 
 def becomes_graph(model: Transformer, train: TrainConfig, n_process: int) -> bool:
     """Whether an update becomes a CUDA graph: it is a single micro-batch that a graph can hold."""
-    one = model.config.block_size * train.micro_batch * n_process
-    return train.batch_tokens == one and can_capture(model)
+    unit = model.config.block_size * train.micro_batch * n_process  # tokens, as in check_run
+    return train.batch_tokens == unit and can_capture(model)
 
 
 def build_model(
@@ -294,7 +294,8 @@ def build_model(
     dtype = torch.bfloat16 if on_gpu else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     # The routers compute in float32. TF32 is faster, and rounds its inputs to 11 bits. That changes
-    # their weights and gradients only, because activations are bfloat16, which has 8 bits.
+    # their weights and gradients only, because activations are bfloat16, which has 8 bits. (With
+    # FSDP these weights have 8 bits, too: its policy casts every parameter of a block.)
     torch.set_float32_matmul_precision("high")
     # broadcast_buffers is the old name: older versions of torch do not have the new one.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")
@@ -332,7 +333,7 @@ def check_run(config: Config, train: TrainConfig, checkpoint: dict | None, devic
     """The meta.json of the data. Raises ValueError, in one line, for what does not fit together."""
     T, data, micro, n_process = config.block_size, train.data, train.micro_batch, n_processes()
     start = checkpoint["step"] if checkpoint else 0
-    # The processes also wait here for the first one to prepare the data.
+    # Here all processes also wait until the first one of each machine has prepared the data.
     if sum_over_processes(torch.tensor(start, device=device)) != start * n_process:
         raise ValueError(f"the processes found different checkpoints in {train.out}: name a folder"
                          " that all machines share")
@@ -391,7 +392,7 @@ def main(argv: list[str]) -> None:
     log = Log(train.out, start, writes=rank == 0)
     settings = {"config": asdict(config), "train": asdict(train)}
     settings |= {"tokenizer": meta["tokenizer"], "data": meta["train"]["sha256"]}
-    log.begin(model, settings, device, n_process, start, len(tokens))
+    log.begin(model, settings, device, n_process, len(tokens))
 
     def draw(step: int) -> Tensor:
         """This process's micro-batches of an update: (n_micro, micro_batch, T + 1)."""
@@ -411,7 +412,7 @@ def main(argv: list[str]) -> None:
             for group in optimizer.param_groups:
                 group["lr"].fill_(lr)
             numbers = step_once(micros)
-            waiting.append((done, lr, to_cpu(numbers, signals.came or saver.failed)))
+            waiting.append((done, lr, copy_with_stop(numbers, signals.came or saver.failed)))
             micros = draw(done)  # while the device computes
 
             evaluates = last or done % train.eval_every == 0
@@ -425,7 +426,7 @@ def main(argv: list[str]) -> None:
                 val_loss = sum_over_processes(share).item()
                 val_bpb = bits_per_byte(val_loss, meta["val"])
                 log.evaluation(done, val_loss, val_bpb, knock_movement(model))
-            # After a skipped update it saves only at the end: the weights may be at fault.
+            # Not right after a skipped update, unless the run ends: the weights may be at fault.
             if stopping or (saves and (finite or last)):
                 state = {**settings, "step": done, "val_loss": val_loss}
                 state |= {"tokenizer": tokenizer_for_checkpoint(tokenizer)}

@@ -132,7 +132,8 @@ def capture(
 def graphed(work: Callable[[Tensor], Any], n_process: int) -> Callable[[Tensor], Any]:
     """`work` on tensors of one shape, first called as it is and later as a CUDA graph. A CPU is too
     slow to launch the many small kernels of a small model one by one. With many processes the first
-    eleven calls have no graph: DDP measures ten, and reads the last time in the eleventh."""
+    eleven calls have no graph: DDP times the first ten, and reads the tenth time in the eleventh
+    call."""
     n_before, stream = (1, None) if n_process == 1 else (11, side_stream())
     n_calls, place, replay = 0, None, None
 

@@ -16,23 +16,22 @@ def evaluate(model: nn.Module, tokens: np.ndarray, length: int, micro_batch: int
              rank: int = 0, n_process: int = 1, shows: bool = False) -> Tensor:
     """This process's share of the mean loss, in nats a token, of sequences of `length` tokens side
     by side: a scalar. The shares of all processes add up to the mean."""
-    n = (len(tokens) - 1) // length
-    firsts = range(0, n, micro_batch)
+    starts = range(0, len(tokens) - length, length)  # of the sequences
+    n_batch = -(-len(starts) // micro_batch)
     was_training = model.training
     model.eval()
     total = torch.zeros((), device=device)
     # All processes take equally many turns, because FSDP needs them all in each. In the last turn
     # some may have no rows of their own: they compute the last rows, and do not count them.
-    turns = range(0, len(firsts), n_process)
+    turns = range(0, n_batch, n_process)
     for turn in tqdm(turns, disable=None if shows else True):  # None: shown on a terminal only
-        i = min(turn + rank, len(firsts) - 1)
-        last = min(firsts[i] + micro_batch, n)
-        starts = range(firsts[i] * length, last * length, length)
-        rows = on_device(sequences(tokens, starts, length), device)  # (B, T + 1)
+        i = min(turn + rank, n_batch - 1)
+        own = starts[i * micro_batch : (i + 1) * micro_batch]
+        rows = on_device(sequences(tokens, own, length), device)  # (B, T + 1)
         loss = model(rows[:, :-1], rows[:, 1:])
         total += loss * len(rows) * (i == turn + rank)
     model.train(was_training)
-    return total / n
+    return total / len(starts)
 
 
 def bits_per_byte(loss: float, counts: dict) -> float:

@@ -1,4 +1,4 @@
-"""Figures of a model: parameters, FLOPs, memory, and how far its knocks have come."""
+"""Figures of a model: parameters, FLOPs, memory, and where its knocks are."""
 
 from contextlib import contextmanager
 
@@ -26,10 +26,10 @@ def knocks_of(model: nn.Module) -> dict[str, Knock]:
 
 @torch.no_grad()
 def knock_movement(model: Transformer) -> dict[str, tuple[float, float]]:
-    """How far each knock matrix has come: name -> (mean of the diagonal, Frobenius norm of the
-    rest). At the start that is (1, 0), for gates (0, 0). In train.py knocks do not decay, so all of
-    it is learned. Figure 3 of the paper shows these matrices after training. Under FSDP all
-    processes must call it."""
+    """Where each knock matrix is now: name -> (mean of the diagonal, Frobenius norm of the rest).
+    It starts at (1, 0), a gate at (0, 0). In train.py knocks do not decay, so all changes are
+    learned. Figure 3 of the paper shows these matrices after training. Under FSDP all processes
+    must call it."""
     movement = {}
     for place, knock in knocks_of(model).items():
         for name, p in knock.named_parameters():
@@ -113,14 +113,14 @@ def memory_per_gpu(config: Config, micro_batch: int, n_shard: int = 1, recompute
     return {**parts, "total": sum(parts.values())}
 
 
-def memory_advice(config: Config, micro_batch: int, parallel: str, recompute: bool,
-                  n_process: int) -> str:
-    """What would need less memory than such a run, each with the estimate for it, in one line."""
+def memory_advice(config: Config, train, n_process: int) -> str:
+    """What would need less memory than this run, each with the estimate for it, in one line."""
+    micro_batch, recompute = train.micro_batch, train.recompute
 
     def gib(*how) -> float:
         return memory_per_gpu(config, *how)["total"] / 2**30
 
-    n_shard = n_process if parallel == "fsdp" else 1
+    n_shard = n_process if train.parallel == "fsdp" else 1
     more, less = max(8, 2 * n_process), max(1, micro_batch // 2)
     now = gib(micro_batch, n_shard, recompute)
     ways = {
@@ -140,6 +140,5 @@ def advice_on_memory(config: Config, train, n_process: int):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        advice = memory_advice(config, train.micro_batch, train.parallel, train.recompute,
-                               n_process)
+        advice = memory_advice(config, train, n_process)
         raise ValueError(f"the GPU's memory is too small for this run: {advice}") from error

@@ -8,8 +8,8 @@ log.jsonl has one JSON object a line, written as things happen:
   the busiest expert's load over the mean, in the worst layer), tokens_per_s, on CUDA memory_gib
   (the peak so far, of one process), on known GPUs mfu (of the datasheet's bfloat16 FLOP/s), and
   over the whole run so far spikes and skipped (see `Log`);
-- each evaluation: step, val_loss (nats a token), val_bpb (bits a byte), knocks (how far each knock
-  has come, see figures.knock_movement).
+- each evaluation: step, val_loss (nats a token), val_bpb (bits a byte), knocks (where each knock
+  is now, see figures.knock_movement).
 A number that is not finite is a string, such as "NaN".
 """
 
@@ -60,7 +60,7 @@ class Log:
         path = os.path.join(out, "log.jsonl")
         self.losses = deque(maxlen=100)
         self.spikes = self.skipped = self.skipped_in_a_row = 0
-        self.out, self.settings, self.file = out, {}, None
+        self.out, self.start, self.settings, self.file = out, last_step, {}, None
         kept = self.read(path, last_step) if last_step and os.path.exists(path) else 0
         if not writes:
             return
@@ -122,8 +122,7 @@ class Log:
         self.set_counts(loss, self.spikes + spike, self.skipped + (not finite))
 
     def begin(
-        self, model: Transformer, settings: dict, device: str, n_process: int, start: int,
-        n_tokens: int,
+        self, model: Transformer, settings: dict, device: str, n_process: int, n_tokens: int
     ) -> None:
         """Start the clock and the progress, and write the settings if they are not those of the
         lines so far. `settings` has the fields of both configs and what else stands in line 1. The
@@ -135,17 +134,17 @@ class Log:
         self.peak_flops = n_process * (of_gpu(PEAK_FLOPS, name) or 0)  # 0: not known
         where = {"n_process": n_process, "device": name, "torch": torch.__version__}
         train = {key: value for key, value in train.items() if key != "out"}  # it may be moved
-        record = {"step": start, **settings, "train": train, **where}
-        if {**self.settings, "step": start} != record:
+        record = {"step": self.start, **settings, "train": train, **where}
+        if {**self.settings, "step": self.start} != record:
             self.write(**record)
-        self.progress = Progress(train["steps"], start, shows=self.file is not None)
+        self.progress = Progress(train["steps"], self.start, shows=self.file is not None)
         total, active = count_params(model)
         epochs = train["steps"] * self.batch_tokens / n_tokens
         self.say(
             f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; {train['steps']} steps of"
             f" {self.batch_tokens} tokens ({epochs:.3g} epochs of {train['data']}) on {n_process} x"
             f" {device.split(':')[0]}; writing {self.out}"
-            + (f", going on after step {start}" if start else "")
+            + (f", going on after step {self.start}" if self.start else "")
         )
         seconds = self.flops_per_token * self.batch_tokens / 1e11  # about what two CPU cores need
         if device == "cpu" and seconds > 60:
@@ -153,15 +152,15 @@ class Log:
             self.say(f"this is for a GPU: two CPU cores need about {minutes} for an update")
 
     def update(
-        self, step: int, lr: float, numbers: Callable[[], tuple[list, Moment]]
+        self, step: int, lr: float, arrive: Callable[[], tuple[list, Moment]]
     ) -> tuple[bool, bool]:
-        """Wait for an update's numbers and log them: loss, grad_norm, worst_load (0 for a dense
-        model), whether they are finite, and whether the run stops; returns these last two. With
-        the numbers comes the moment at which the device had them.
+        """Log an update's numbers, for which `arrive` (of device.copy_to_cpu) waits: loss,
+        grad_norm, worst_load (0 for a dense model), whether they are finite, and whether the run
+        stops; returns these last two.
 
         Raises ValueError after MAX_SKIPPED updates in a row that were not finite.
         """
-        (loss, grad_norm, worst_load, finite, stopping), moment = numbers()
+        (loss, grad_norm, worst_load, finite, stopping), moment = arrive()
         record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
         if worst_load:
             record["worst_load"] = worst_load

@@ -241,7 +241,7 @@ def test_speed_is_tokens_in_a_second_and_the_share_of_all_peaks(tmp_path, monkey
         log.update(step, 0.1, lambda: ([2.0, 1.0, 0, True, False], at(time)))
 
     monkeypatch.setattr("data.log.Moment", lambda device: at(10))
-    log.begin(model, settings, "cuda:0", n_process=2, start=1, n_tokens=1000)
+    log.begin(model, settings, "cuda:0", n_process=2, n_tokens=1000)
     epochs = settings["train"]["steps"] * 256 / 1000
     assert f"({epochs:.3g} epochs of" in capsys.readouterr().out
     update_ends(1, 10.5)
@@ -260,7 +260,7 @@ def test_on_a_cpu_a_run_says_that_it_is_for_a_gpu(batch_tokens, says, tmp_path, 
     config, settings, _ = parse_config([*SHORT, "--out", str(tmp_path)])
     settings = dataclasses.asdict(settings) | {"batch_tokens": batch_tokens}
     log = Log(str(tmp_path), 0)
-    log.begin(Transformer(config), {"train": settings}, "cpu", n_process=1, start=0, n_tokens=1)
+    log.begin(Transformer(config), {"train": settings}, "cpu", n_process=1, n_tokens=1)
     assert ("for a GPU: two CPU cores need about" in capsys.readouterr().out) == says
 
 
@@ -505,7 +505,7 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
     monkeypatch.setattr(train, where, fail)
     with pytest.raises(ValueError, match="the GPU's memory is too small for this run: it needs"):
         main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
-    advice = memory_advice(Config(**CONFIGS["moe-1b-6.1b"]), 1, "ddp", False, 8)
+    advice = memory_advice(Config(**CONFIGS["moe-1b-6.1b"]), TrainConfig(micro_batch=1), 8)
     assert advice.startswith("it needs about 119 GiB a GPU; with --recompute: 108, --parallel fsdp")
     assert "--micro_batch" not in advice and "\n" not in advice  # it is 1 already
 
