@@ -10,9 +10,9 @@ until the first update is in the log, with torch's caches empty. "Kernels alone"
 run: torch's profiler adds up the kernels of ten updates (on a CPU all operations), and the number
 is the speed that there would be without gaps between them.
 
-Decoding rows are greedy steps of one token after a prompt, on models of random weights. Their bound
-is the time in which the GPU can read what a step needs from its memory: the weights (only of
-experts that some token uses) and the cache of the past.
+Decoding rows are greedy steps of one token, on models of random weights: "32 x 3900" is 32 samples
+after a prompt of 3,900 tokens. Their bound is the time in which the GPU can read what a step needs
+from its memory: the weights (only of experts that some token uses) and the cache of the past.
 
 Peers that are not installed are left out: nanoGPT (a clone at $NANOGPT, or beside this
 project) and transformers.
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -49,7 +50,7 @@ from tests.peers import ROOT, build_transformers, missing, split_command
 from tests.report import read_log
 
 BANDWIDTH = {"H100 80GB HBM3": 3.35e12, "H200": 4.8e12}  # bytes/s, by the vendor's datasheet
-PROMPT, NEW = 128, 128  # tokens of a decoding row
+NEW = 128  # tokens that a decoding row generates
 PROFILED = 10  # updates of which the kernels are added up
 TRAIN_HEAD = "row | ktokens/s | kernels alone | MFU | memory, GiB | first update, s | against"
 DECODE_HEAD = "row | tokens/s | step, ms | bound, ms | bound / step | against"
@@ -57,11 +58,13 @@ DECODE_HEAD = "row | tokens/s | step, ms | bound, ms | bound / step | against"
 
 class Row(NamedTuple):
     """The options of train.py that say what to measure, after the name of a peer if it is one's;
-    the row to compare it with; and of a decoding row the samples side by side."""
+    the row to compare it with; and of a decoding row the samples side by side, and the tokens of
+    their prompt."""
 
     command: str
     against: str = ""
     samples: int = 0
+    prompt: int = 128
 
 
 def knocks(name: str, options: str, against: str = "") -> dict[str, Row]:
@@ -71,12 +74,12 @@ def knocks(name: str, options: str, against: str = "") -> dict[str, Row]:
 
 
 def decoding(config: str) -> dict[str, Row]:
-    """One sample and 32, of transformers and of ours."""
+    """One sample and 32, after a short and a long prompt, of transformers and of ours."""
     rows = {}
-    for n in (1, 32):
-        ours, theirs = f"{config}, {n} at a time", f"{config}, {n} at a time, transformers"
-        rows[theirs] = Row(f"transformers {config}", samples=n)
-        rows[ours] = Row(config, theirs, n)
+    for n, prompt in product((1, 32), (128, 3900)):
+        ours, theirs = f"{config}, {n} x {prompt}", f"{config}, {n} x {prompt}, transformers"
+        rows[theirs] = Row(f"transformers {config}", "", n, prompt)
+        rows[ours] = Row(config, theirs, n, prompt)
     return rows
 
 
@@ -196,7 +199,7 @@ def measure_decoding(row: Row) -> dict[str, float]:
     peer, options = split_command(row.command)
     config, train, _ = training.parse_config(options)
     device = pick_device(train.device)
-    prompt = torch.randint(config.vocab_size, (PROMPT,)).tolist()
+    prompt = torch.randint(config.vocab_size, (row.prompt,)).tolist()
     if peer:
         model = build_transformers(config, torch.bfloat16, device).eval()
         ids = torch.tensor([prompt] * row.samples, device=device)
@@ -228,7 +231,7 @@ def measure_decoding(row: Row) -> dict[str, float]:
     idle = 0
     if config.n_expert:  # the experts that none of the samples' tokens takes
         idle = (total - active) * (1 - config.top_k / config.n_expert) ** (row.samples - 1)
-    length = PROMPT + NEW // 2  # of the past, on average
+    length = row.prompt + NEW // 2  # of the past, on average
     past = row.samples * config.n_layer * 2 * config.n_kv_head * config.head_dim * length
     return {"speed": row.samples / step, "step": step, "bytes": 2 * (total - idle + past)}
 

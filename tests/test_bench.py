@@ -248,11 +248,11 @@ def test_a_table_of_decoding_to_its_end(data, monkeypatch, capfd):
 def test_what_a_step_reads(monkeypatch):
     """The second sample brings its past, and in three cases of four another one of four experts."""
     options = "toy --n_layer 1 --n_embd 32 --d_ff 32 --n_expert 4 --top_k 1 --n_head 2"
-    row = bench.Row(f"{options} --n_kv_head 1 --head_dim 8 --device cpu", samples=1)
+    row = bench.Row(f"{options} --n_kv_head 1 --head_dim 8 --device cpu", samples=1, prompt=90)
     monkeypatch.setattr(bench, "NEW", 6)
     one = bench.measure_decoding(row)["bytes"]
     two = bench.measure_decoding(row._replace(samples=2))["bytes"]
-    expert, past = 3 * 32 * 32, 2 * 8 * (128 + 6 / 2)
+    expert, past = 3 * 32 * 32, 2 * 8 * (90 + 6 / 2)
     assert two - one == 2 * (3 / 4 * expert + past)  # bfloat16
 
 
@@ -263,6 +263,7 @@ def test_every_row_is_known_to_train_py(name):
         config, train, _ = parse_config([*options, "--out", "out/none"])
         assert row.samples or train.batch_tokens % (train.micro_batch * config.block_size) == 0
         assert row.samples or train.steps // 2 + bench.PROFILED < train.steps
+        assert not row.samples or row.prompt + bench.NEW <= config.block_size
         assert not row.against or row.against in bench.GROUPS[name]
 
 
