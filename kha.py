@@ -104,6 +104,9 @@ class Knock(nn.Module):
             matrix = nn.Parameter(torch.empty(head_dim, head_dim))
             self.register_parameter(name, STARTS[name](matrix))
 
+    def extra_repr(self) -> str:  # for print(model)
+        return f"{self.kind}, {self.head_dim}"
+
     def forward(self, x: Tensor) -> Tensor:
         """Every head of x (..., H, D) on its own: the same shape."""
         if self.kind == "linear":
@@ -435,8 +438,8 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
         raise ValueError(f"no module's name matches {pattern!r}: see model.named_modules()")
     for part, name in matches.items():
         if type(part) not in (nn.Linear, KnockedLinear):
-            raise ValueError(f"{name} is a {type(part).__name__}, not an nn.Linear: match that, and"
-                             " add knocks before it is quantised or wrapped")
+            raise ValueError(f"{name or 'the model'} is a {type(part).__name__}, not an nn.Linear:"
+                             " match that, and add knocks before it is quantised or wrapped")
         if "forward" in vars(part) or type(part.weight) not in (nn.Parameter, Tensor):
             raise ValueError(f"{name} is sharded or has a forward of its own: add knocks first")
         start, stop, step = rows.indices(part.out_features)
@@ -550,11 +553,12 @@ def check_config(c: Config) -> None:
     check_fields(c, choices, may_be_zero=("n_expert", "top_k", "kv_rank", "q_rank"))
     mla, knocks = c.attention == "mla", {c.knock_q, c.knock_k, c.knock_v}
     for wrong, message in [
-        (c.n_head % c.n_kv_head, "n_head must be a multiple of n_kv_head"),
+        (c.n_head % c.n_kv_head,
+         f"n_head must be a multiple of n_kv_head, not {c.n_head} and {c.n_kv_head}"),
         (c.head_dim % 2 or c.rope_dim % 2, "head_dim must be even; in gta and mla a multiple of 4"),
         (knocks == {"none"} and c.knock_init == "random", "without knocks set knock_init identity"),
         (c.attention == "gta" and c.knock_k != "none", "gta knocks by knock_v: leave knock_k none"),
-        (mla and knocks - {"none", "linear"}, "mla: set knock_q, knock_k, knock_v linear or none"),
+        (mla and knocks - {"none", "linear"}, "mla has linear knocks or none: set knock_v linear"),
         (mla and (c.kv_rank == 0 or c.kv_rank % c.n_kv_head),
          f"mla needs a kv_rank that is a multiple of n_kv_head, not {c.kv_rank}"),
         (not mla and (c.kv_rank or c.q_rank), "kv_rank and q_rank belong to mla: leave them 0"),

@@ -91,7 +91,7 @@ def export_hf(model: Transformer, folder: str, tokenizer: Tokenizer) -> None:
     """
     c = model.config
     if c.attention != "gqa":
-        raise ValueError(f"cannot export attention={c.attention}: transformers has gqa only")
+        raise ValueError(f"cannot export attention={c.attention}: only gqa can be exported")
     if own := {c.knock_q, c.knock_k, c.knock_v} - {"none", "linear", "mlp", "gate"}:
         raise ValueError(f"cannot export a knock of kind {own.pop()}: modeling_kha.py has none")
     if c.n_expert == 1:

@@ -144,8 +144,9 @@ class Log:
             f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; {train['steps']} steps of"
             f" {self.batch_tokens} tokens ({epochs:.3g} epochs of {train['data']}) on {n_process} x"
             f" {device.split(':')[0]}; writing {self.out}"
-            + (f", going on after step {self.start}" if self.start else "")
-        )
+            + (f", going on after step {self.start}" if self.start else
+               f", beginning with the weights of {train['init']}" if train["init"] else "")
+        )  # fmt: skip
         seconds = self.flops_per_token * self.batch_tokens / 1e11  # about what two CPU cores need
         if device == "cpu" and seconds > 60:
             minutes = f"{seconds / 60:,.0f} minutes"

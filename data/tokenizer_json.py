@@ -73,7 +73,7 @@ class JsonTokenizer:
         others = [token for i, token in spelt.items() if i not in self.tokens]
         normalizer, model = library.normalizer, library.model
         for wrong, what in [
-            (others, f"the token {others[:1]}, which is not spelt in bytes"),
+            (others, f"the token {others[:1]}, not spelt in bytes: use a byte-level BPE"),
             ({bytes([i]) for i in range(256)} - set(self.tokens.values()), "no token for a byte"),
             (normalizer and type(normalizer).__name__ != "NFC", f"a normalizer, {normalizer}"),
             (getattr(model, "dropout", None), "dropout: set it to null"),

@@ -364,6 +364,7 @@ def prepare_data(folder: str, tokenizer: str = "byte") -> dict:
         fcntl.flock(file, fcntl.LOCK_EX)  # another process may be making them
         if not os.path.exists(folder):
             packages = Path(torch.__file__).parent.parent
+            print(f"making {folder} of the Python packages in {packages}", flush=True)
             with tempfile.TemporaryDirectory() as links:
                 for i, path in enumerate(find_files(str(packages))):
                     if path.suffix == ".py":
@@ -488,6 +489,8 @@ class Runner:
         n_missing, names = len(commands - self.finished()), sorted({*self.devices.values()})
         print(f"{self.name}: runs to do: {n_missing}, on {len(self.devices)} x {', '.join(names)}",
               flush=True)
+        if names == ["CPU"] and self.name != "toy":
+            print("this study is for GPUs: here each run needs days", flush=True)
         total = sum(job.tokens(job.settings["steps"]) for job in self.jobs)
         bar = tqdm(total=total, initial=self.tokens_done(), unit="tok", unit_scale=True,
                    smoothing=0, dynamic_ncols=True, disable=None)

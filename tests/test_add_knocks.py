@@ -383,6 +383,7 @@ def test_a_weight_that_is_computed_is_not_folded_into(compute, name):
         (("lin", "*.v_proj", 8), "kind must be linear or mlp, head_dim an int, not 'lin', 8"),
         (("mlp", "*.value", 8), "no module's name matches '\\*.value'"),
         (("mlp", "?", 8), "0 is a Values, not an nn.Linear"),
+        (("mlp", "*", 8), "the model is a Sequential, not an nn.Linear"),
         (("mlp", "*.v_proj", 7), "outputs 0:16:1 of 0.v_proj are not heads of 7"),
         (("mlp", "*.v_proj", None), "head_dim an int, not 'mlp', None"),
         (("mlp", "*.v_proj", 16 / 2), "head_dim an int, not 'mlp', 8.0"),

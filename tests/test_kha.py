@@ -100,6 +100,7 @@ def test_one_set_of_knock_matrices_serves_all_heads(kind, matrices):
         model = Transformer(Config(**shape, knock_v=kind))
         shapes = [p.shape for knock in knocks_of(model).values() for p in knock.parameters()]
         assert shapes == [(8, 8)] * matrices
+        assert f"(knock): Knock({kind}, 8)" in str(model)
 
 
 def test_knock_movement_reports_diagonal_and_the_rest():
@@ -443,11 +444,11 @@ def test_what_a_fold_leaves():
 @pytest.mark.parametrize(
     "bad,message",
     [
-        (dict(n_head=6, n_kv_head=4), "n_head must be a multiple of n_kv_head"),
+        (dict(n_head=6, n_kv_head=4), "n_head must be a multiple of n_kv_head, not 6 and 4"),
         (dict(head_dim=7), "head_dim must be even"),
         (dict(knock_v="none", knock_init="random"), "without knocks set knock_init identity"),
         (dict(knock_v="lnear"), "knock_v must be one of none, linear, mlp, gate"),
-        (dict(attention="mla", kv_rank=16), "mla: set knock_q, knock_k, knock_v linear or none"),
+        (dict(attention="mla", kv_rank=16), "mla has linear knocks or none: set knock_v linear"),
         (dict(attention="mla", knock_v="linear"), "mla needs a kv_rank"),
         (dict(attention="mla", knock_v="linear", kv_rank=15), "mla needs a kv_rank"),
         (dict(attention="gta", knock_k="linear"), "leave knock_k none"),

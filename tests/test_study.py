@@ -100,7 +100,8 @@ def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
     output = capsys.readouterr().out
     (line,) = [line for line in output.splitlines() if line.startswith("failed")]
     assert fails.command in line and "batch_tokens must be a multiple of" in line
-    assert "runs to do: 4, on 1 x CPU" in output and "3 of 4 runs are done, 1 failed" in output
+    assert "runs to do: 4, on 1 x CPU\nthis study is for GPUs" in output
+    assert "3 of 4 runs are done, 1 failed" in output
 
     diverged, first, last = results
     assert first["seed"] == 1 and first["tokens"] == 20 * 256 and first["gpu"] == "CPU"

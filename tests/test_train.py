@@ -396,11 +396,12 @@ def test_evaluation_is_the_mean_over_the_first_tokens():
 # --- starting from weights that are there ---
 
 
-def test_a_new_run_starts_from_the_weights_of_another(whole, data, tmp_path, monkeypatch):
+def test_a_new_run_starts_from_the_weights_of_another(whole, data, tmp_path, monkeypatch, capsys):
     """With one more knock, at the identity. The learning rate 0 shows the start."""
     monkeypatch.setattr(train, "lr_at", lambda *_: 0.0)
     args = ["--init", str(whole), "--data", str(data), "--out", str(tmp_path), "--steps", "1"]
     main([*SHORT, *args, "--knock_q", "linear", "--balance_rate", "0"])
+    assert f"beginning with the weights of {whole}\n" in capsys.readouterr().out
     trained, about = load_checkpoint(whole)
     model, checkpoint = load_checkpoint(tmp_path)
     assert checkpoint["step"] == 1 and model.config.knock_q == "linear"
@@ -515,7 +516,7 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
     [
         ("--n_leyer 3", "unknown option --n_leyer: did you mean --n_layer?"),
         ("--batch_size 4", "unknown option --batch_size: did you mean --micro_batch?"),
-        ("toy out/toy", "unrecognized arguments: out/toy: the name of its option comes first"),
+        ("toy out/toy", "unrecognized arguments: out/toy: a value stands after its option"),
         ("huge", "invalid choice: 'huge'"),
         ("--steps many", "argument --steps: invalid int value: 'many'"),
         ("--steps 0", "steps must be > 0"),
