@@ -35,7 +35,8 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
         named = isinstance(error, OSError) and error.filename
         message = f"{error.filename}: {error.strerror}" if named else str(error)
         one_line = " ".join(message.split())  # other libraries' messages may span lines
-        print(f"{os.path.basename(sys.argv[0])}: error: {one_line}", file=sys.stderr)
+        # A single write, because the processes of torchrun write to one terminal.
+        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {one_line}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
