@@ -392,7 +392,7 @@ class MLA(nn.Module):
             v = torch.einsum("btgr,ghdr->btghd", latent, wv).flatten(2, 3)
             k = torch.cat((k, k_rope.expand_as(q_rope)), dim=-1)  # (B, T, H, D + D/2)
             return self.wo(attend(torch.cat((q, q_rope), dim=-1), k, v).flatten(2))
-        # By hand: with a mask and values narrower than keys torch's attention is slow.
+        # By hand, because torch's attention is slow with a mask and values narrower than keys.
         q = torch.einsum("btghd,ghdr->btghr", q.unflatten(2, (G, -1)), wk)  # (B, T, G, H/G, R)
         q = torch.cat((q, q_rope.unflatten(2, (G, -1))), dim=-1)  # (B, T, G, H/G, R + D/2)
         k = torch.cat((latent, k_rope.expand(-1, -1, G, -1)), dim=-1)  # (B, S, G, R + D/2)
