@@ -188,9 +188,9 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """O_i of eq. 4 for each head, softmax(q k^T / sqrt(width of q)) v: q (B, T, H, D) -> the same,
-    with k, v (B, S, H_kv, D). H / H_kv query heads share a key/value head. mask None: a token sees
-    itself and all before it. In MLA, q and k have more features than v."""
+    """O_i of eq. 4 for each head, softmax(q k^T / sqrt(width of q)) v: (B, T, H, D), as wide as v.
+    q (B, T, H, D), k and v (B, S, H_kv, D): H / H_kv query heads share a key/value head. In MLA, q
+    and k are wider than v. mask None: a token sees itself and all before it."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T or S, D)
     y = F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] > k.shape[1]
@@ -208,7 +208,7 @@ class GQA(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         C, D = config.n_embd, config.head_dim
-        self.wo = Linear(config.n_head * D, C)  # must stay first: the order decides the start
+        self.wo = Linear(config.n_head * D, C)  # stays first: weights start in this order
         self.wq = Heads(C, config.n_head, D, config.knock_q)
         self.wk = Heads(C, config.n_kv_head, D, config.knock_k)
         self.wv = Heads(C, config.n_kv_head, D, config.knock_v)
@@ -437,9 +437,10 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
     if not matches:
         raise ValueError(f"no module's name matches {pattern!r}: see model.named_modules()")
     for part, name in matches.items():
+        name = name or "the model"
         if type(part) not in (nn.Linear, KnockedLinear):
-            raise ValueError(f"{name or 'the model'} is a {type(part).__name__}, not an nn.Linear:"
-                             " match that, and add knocks before it is quantised or wrapped")
+            raise ValueError(f"{name} is a {type(part).__name__}, not an nn.Linear: match that, and"
+                             " add knocks before it is quantised or wrapped")
         if "forward" in vars(part) or type(part.weight) not in (nn.Parameter, Tensor):
             raise ValueError(f"{name} is sharded or has a forward of its own: add knocks first")
         start, stop, step = rows.indices(part.out_features)
@@ -558,7 +559,9 @@ def check_config(c: Config) -> None:
         (c.head_dim % 2 or c.rope_dim % 2, "head_dim must be even; in gta and mla a multiple of 4"),
         (knocks == {"none"} and c.knock_init == "random", "without knocks set knock_init identity"),
         (c.attention == "gta" and c.knock_k != "none", "gta knocks by knock_v: leave knock_k none"),
-        (mla and knocks - {"none", "linear"}, "mla has linear knocks or none: set knock_v linear"),
+        (mla and knocks - {"none", "linear"},
+         "in mla, knock_q, knock_k and knock_v must be linear or none,"
+         f" not {c.knock_q}, {c.knock_k} and {c.knock_v}"),
         (mla and (c.kv_rank == 0 or c.kv_rank % c.n_kv_head),
          f"mla needs a kv_rank that is a multiple of n_kv_head, not {c.kv_rank}"),
         (not mla and (c.kv_rank or c.q_rank), "kv_rank and q_rank belong to mla: leave them 0"),

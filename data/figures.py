@@ -1,4 +1,4 @@
-"""Figures of a model: parameters, FLOPs, memory, and where its knocks are."""
+"""Figures of a model: parameters, FLOPs, memory, and how its knocks have changed."""
 
 from contextlib import contextmanager
 
@@ -26,10 +26,10 @@ def knocks_of(model: nn.Module) -> dict[str, Knock]:
 
 @torch.no_grad()
 def knock_movement(model: Transformer) -> dict[str, tuple[float, float]]:
-    """Where each knock matrix is now: name -> (mean of the diagonal, Frobenius norm of the rest).
-    It starts at (1, 0), a gate at (0, 0). In train.py knocks do not decay, so all changes are
-    learned. Figure 3 of the paper shows these matrices after training. Under FSDP all processes
-    must call it."""
+    """Two numbers for each knock matrix: name -> (mean of the diagonal, Frobenius norm of the
+    rest). They start at (1, 0), those of a gate at (0, 0). In train.py knocks do not decay, so all
+    changes are learned. Figure 3 of the paper shows these matrices after training. Under FSDP all
+    processes must call it."""
     movement = {}
     for place, knock in knocks_of(model).items():
         for name, p in knock.named_parameters():

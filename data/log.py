@@ -8,8 +8,8 @@ log.jsonl has one JSON object a line, written as things happen:
   the busiest expert's load over the mean, in the worst layer), tokens_per_s, on CUDA memory_gib
   (the peak so far, of one process), on known GPUs mfu (of the datasheet's bfloat16 FLOP/s), and
   over the whole run so far spikes and skipped (see `Log`);
-- each evaluation: step, val_loss (nats a token), val_bpb (bits a byte), knocks (where each knock
-  is now, see figures.knock_movement).
+- each evaluation: step, val_loss (nats a token), val_bpb (bits a byte), knocks (two numbers for
+  each knock matrix, see figures.knock_movement).
 A number that is not finite is a string, such as "NaN".
 """
 

@@ -61,7 +61,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str],
     known option, or what `other_names` has for an unknown one."""
 
     def fail(message: str) -> NoReturn:
-        hint = ": a value stands after its option, switches such as --compile have none: see --help"
+        hint = ": put a value after its option (a switch takes none), see --help"
         raise ValueError(message + (hint if message.startswith("unrecognized") else ""))
 
     parser.error = fail  # argparse's own prints the usage and exits

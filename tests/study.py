@@ -364,7 +364,7 @@ def prepare_data(folder: str, tokenizer: str = "byte") -> dict:
         fcntl.flock(file, fcntl.LOCK_EX)  # another process may be making them
         if not os.path.exists(folder):
             packages = Path(torch.__file__).parent.parent
-            print(f"making {folder} of the Python packages in {packages}", flush=True)
+            print(f"making {folder} from the Python packages in {packages}", flush=True)
             with tempfile.TemporaryDirectory() as links:
                 for i, path in enumerate(find_files(str(packages))):
                     if path.suffix == ".py":
@@ -490,7 +490,7 @@ class Runner:
         print(f"{self.name}: runs to do: {n_missing}, on {len(self.devices)} x {', '.join(names)}",
               flush=True)
         if names == ["CPU"] and self.name != "toy":
-            print("this study is for GPUs: here each run needs days", flush=True)
+            print("this study is for GPUs: on a CPU each run takes days", flush=True)
         total = sum(job.tokens(job.settings["steps"]) for job in self.jobs)
         bar = tqdm(total=total, initial=self.tokens_done(), unit="tok", unit_scale=True,
                    smoothing=0, dynamic_ncols=True, disable=None)

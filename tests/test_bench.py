@@ -250,10 +250,18 @@ def test_what_a_step_reads(monkeypatch):
     options = "toy --n_layer 1 --n_embd 32 --d_ff 32 --n_expert 4 --top_k 1 --n_head 2"
     row = bench.Row(f"{options} --n_kv_head 1 --head_dim 8 --device cpu", samples=1, prompt=90)
     monkeypatch.setattr(bench, "NEW", 6)
+    generate, read = bench.generate, set()
+
+    def watched(model, prompt, *rest, **options):
+        read.add(len(prompt))
+        return generate(model, prompt, *rest, **options)
+
+    monkeypatch.setattr(bench, "generate", watched)
     one = bench.measure_decoding(row)["bytes"]
     two = bench.measure_decoding(row._replace(samples=2))["bytes"]
     expert, past = 3 * 32 * 32, 2 * 8 * (90 + 6 / 2)
     assert two - one == 2 * (3 / 4 * expert + past)  # bfloat16
+    assert read == {90}
 
 
 @pytest.mark.parametrize("name", bench.GROUPS)

@@ -448,7 +448,7 @@ def test_what_a_fold_leaves():
         (dict(head_dim=7), "head_dim must be even"),
         (dict(knock_v="none", knock_init="random"), "without knocks set knock_init identity"),
         (dict(knock_v="lnear"), "knock_v must be one of none, linear, mlp, gate"),
-        (dict(attention="mla", kv_rank=16), "mla has linear knocks or none: set knock_v linear"),
+        (dict(attention="mla", kv_rank=16), "must be linear or none, not none, none and mlp"),
         (dict(attention="mla", knock_v="linear"), "mla needs a kv_rank"),
         (dict(attention="mla", knock_v="linear", kv_rank=15), "mla needs a kv_rank"),
         (dict(attention="gta", knock_k="linear"), "leave knock_k none"),

@@ -516,7 +516,7 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
     [
         ("--n_leyer 3", "unknown option --n_leyer: did you mean --n_layer?"),
         ("--batch_size 4", "unknown option --batch_size: did you mean --micro_batch?"),
-        ("toy out/toy", "unrecognized arguments: out/toy: a value stands after its option"),
+        ("toy out/toy", "unrecognized arguments: out/toy: put a value after its option"),
         ("huge", "invalid choice: 'huge'"),
         ("--steps many", "argument --steps: invalid int value: 'many'"),
         ("--steps 0", "steps must be > 0"),
