@@ -192,9 +192,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     q (B, T, H, D), k and v (B, S, H_kv, D): H / H_kv query heads share a key/value head. In MLA, q
     and k are wider than v. mask None: a token sees itself and all before it."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T or S, D)
-    y = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] > k.shape[1]
-    )
+    group = q.shape[1] // k.shape[1]
+    if mask is None:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+    else:  # few kernels take groups and a mask, so the heads of a group come in as tokens
+        q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, H_kv, group * T, D)
+        y = F.scaled_dot_product_attention(q, k, v, mask.repeat(group, 1))
+        y = y.unflatten(2, (group, -1)).flatten(1, 2)  # (B, H, T, D)
     return y.transpose(1, 2)  # (B, T, H, D)
 
 
@@ -392,7 +396,7 @@ class MLA(nn.Module):
             v = torch.einsum("btgr,ghdr->btghd", latent, wv).flatten(2, 3)
             k = torch.cat((k, k_rope.expand_as(q_rope)), dim=-1)  # (B, T, H, D + D/2)
             return self.wo(attend(torch.cat((q, q_rope), dim=-1), k, v).flatten(2))
-        # By hand, because torch's attention is slow with a mask and values narrower than keys.
+        # By hand, because torch's attention is slower where values are narrower than keys.
         q = torch.einsum("btghd,ghdr->btghr", q.unflatten(2, (G, -1)), wk)  # (B, T, G, H/G, R)
         q = torch.cat((q, q_rope.unflatten(2, (G, -1))), dim=-1)  # (B, T, G, H/G, R + D/2)
         k = torch.cat((latent, k_rope.expand(-1, -1, G, -1)), dim=-1)  # (B, S, G, R + D/2)
