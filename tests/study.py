@@ -124,9 +124,10 @@ def grid(groups: dict[str, str], kinds: list[str], seeds: Iterable[int]) -> list
 DEFAULT = ["none", "mlp on v, no decay"]
 NO_DECAY = ["none", "linear on v, no decay", "mlp on v, no decay"]
 PAIR = ["none", "mlp on v"]
+BOTH = [*PAIR, "mlp on v, no decay"]
 TYPES = [
     "mlp on v", "linear on v", "gate on v", "linear on q, k, v", "mlp on q, k, v",
-    "mlp on v, random start",
+    "mlp on v, random start", "gate on v, no decay", "mlp on q, k, v, no decay",
 ]  # fmt: skip
 RULES = ["mlp on v, no decay", "mlp on v, decay to the start", "mlp on v, slow"]
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
@@ -179,25 +180,21 @@ STUDIES = {
         "",
         grid({"": small()}, DEFAULT, range(1, 5))
         + grid({"": small()}, TYPES, range(1, 5))
-        + grid({"": small()}, PAIR, range(5, 9))
-        + grid({"": small()}, ["gate on v, no decay", "mlp on q, k, v, no decay"], range(1, 5)),
+        + grid({"": small()}, PAIR, range(5, 9)),
     ),
     "toy": Study("", grid({"": "toy"}, PAIR, range(1, 6))),
     "tokens": Study(
         "bytes",
-        grid(SHORTER, PAIR, range(1, 5))
-        + grid(LONGER, PAIR, range(1, 4))
-        + grid({"250M": small()}, PAIR, range(5, 9))
-        + grid(LONGER, ["mlp on v, no decay"], range(1, 4))
-        + grid(SHORTER, ["mlp on v, no decay"], range(1, 5)),
+        grid(SHORTER, BOTH, range(1, 5))
+        + grid(LONGER, BOTH, range(1, 4))
+        + grid({"250M": small()}, PAIR, range(5, 9)),
     ),
     "kv_heads": Study(
         "key/value heads of 12",
-        grid(KV_HEADS, PAIR, range(1, 4))
+        grid(KV_HEADS, BOTH, range(1, 4))
         + grid(
             {n: KV_HEADS[n] for n in ("4", "12")}, ["mlp on v, one for each head"], range(1, 4)
-        )
-        + grid(KV_HEADS, ["mlp on v, no decay"], range(1, 4)),
+        ),
     ),
     "sizes": Study(
         "parameters",
@@ -205,9 +202,8 @@ STUDIES = {
     ),
     "variants": Study(
         "attention",
-        grid(VARIANTS, PAIR, range(1, 4))
-        + grid(MLA, ["none", "linear on v, no decay"], range(1, 4))
-        + grid(VARIANTS, ["mlp on v, no decay"], range(1, 4)),
+        grid(VARIANTS, BOTH, range(1, 4))
+        + grid(MLA, ["none", "linear on v, no decay"], range(1, 4)),
     ),
     "decay": Study(
         "",
