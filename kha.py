@@ -192,13 +192,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     q (B, T, H, D), k and v (B, S, H_kv, D): H / H_kv query heads share a key/value head. In MLA, q
     and k are wider than v. mask None: a token sees itself and all before it."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T or S, D)
-    group = q.shape[1] // k.shape[1]
-    if mask is None:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
-    else:  # few kernels take groups and a mask, so the heads of a group come in as tokens
-        q = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, H_kv, group * T, D)
-        y = F.scaled_dot_product_attention(q, k, v, mask.repeat(group, 1))
-        y = y.unflatten(2, (group, -1)).flatten(1, 2)  # (B, H, T, D)
+    y = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] > k.shape[1]
+    )
     return y.transpose(1, 2)  # (B, T, H, D)
 
 
