@@ -127,7 +127,8 @@ PAIR = ["none", "mlp on v"]
 BOTH = [*PAIR, "mlp on v, no decay"]
 TYPES = [
     "mlp on v", "linear on v", "gate on v", "linear on q, k, v", "mlp on q, k, v",
-    "mlp on v, random start", "gate on v, no decay", "mlp on q, k, v, no decay",
+    "mlp on v, random start", "linear on v, no decay", "gate on v, no decay",
+    "mlp on q, k, v, no decay",
 ]  # fmt: skip
 RULES = ["mlp on v, no decay", "mlp on v, decay to the start", "mlp on v, slow"]
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
@@ -211,6 +212,7 @@ STUDIES = {
         baseline="mlp on v",
     ),
     "heads": Study("query heads", grid(HEADS, PAIR, range(1, 4))),
+    "gpt2": Study("", grid({"": GPT2["0.0006"]}, NO_DECAY, range(1, 4)), tokenizer="gpt2"),
     "time_to_loss": Study(
         "learning rate",
         [Run(lr, "nanoGPT", 1, f"nanoGPT {options}") for lr, options in GPT2.items()]
