@@ -13,7 +13,7 @@ Letters in the comments on shapes:
     B     sequences in a batch            S  tokens that are attended to (S = T without a cache)
     T     tokens that are fed in          G  latents of MLA, of R features each
     C     features of a token, n_embd     V  token ids, vocab_size
-    H     query heads                     N  tokens of all sequences, B * T
+    H     heads (of queries)              N  tokens of all sequences, B * T
     H_kv  key and value heads             E  experts, K of them for a token (top_k)
     D     features of a head, head_dim    F  width of a SwiGLU, d_ff
 """
@@ -59,7 +59,7 @@ class Config:
     top_k: int = 0  # experts per token
     knock_q: str = "none"  # none, linear, mlp or gate
     knock_k: str = "none"  # as knock_q
-    knock_v: str = "mlp"  # as knock_q; on values a knock gains most (Table 2)
+    knock_v: str = "mlp"  # as knock_q; in the paper a knock gains most on values (Table 2)
     knock_init: str = "identity"  # identity, or random for the paper's ablation
     tie_embeddings: bool = True  # the output has the weight of the embedding, not one of its own
     rope_base: float = 10000.0  # RoPE: pair j turns by rope_base^(-2j / rope_dim) radians a token
@@ -88,7 +88,7 @@ class Knock(nn.Module):
         none     x_i                                                eq. 1-3
         linear   x_i t                                              eq. 5-7: the paper's T
         mlp      2 (x_i W^up * sigmoid(x_i W^gate)) W^down          eq. 9
-        gate     2 x_i * sigmoid(x_i W^gate)                        Table 2: a higher loss
+        gate     2 x_i * sigmoid(x_i W^gate)                        Table 2, where it harms
 
     No head reads another's numbers. The heads interact because all of them train these shared D x D
     matrices. At the start the knock returns x_i, bit for bit: t, W^up and W^down are the identity,
@@ -208,7 +208,7 @@ class GQA(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         C, D = config.n_embd, config.head_dim
-        self.wo = Linear(config.n_head * D, C)  # stays first: weights start in this order
+        self.wo = Linear(config.n_head * D, C)  # first: weights start in this order
         self.wq = Heads(C, config.n_head, D, config.knock_q)
         self.wk = Heads(C, config.n_kv_head, D, config.knock_k)
         self.wv = Heads(C, config.n_kv_head, D, config.knock_v)

@@ -59,13 +59,13 @@ class Permute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(order, inverse)
+        ctx.save_for_backward(inverse)
         return x[order]
 
     @staticmethod
     def backward(ctx, grad):
-        order, inverse = ctx.saved_tensors
-        return Permute.apply(grad, inverse, order), None, None
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse], None, None
 
 
 class MoE(nn.Module):

@@ -1,4 +1,4 @@
-"""Use a trained model: python sample.py [--checkpoint out/toy] [--prompt "def "]
+"""Use a trained model: python sample.py [--checkpoint out/toy] [--prompt TEXT]
 
 Writes text: the prompt is read once; then each step feeds one new token per sample and finds the
 past in a key/value cache. A single text appears while it is written. With --evaluate it measures
@@ -294,6 +294,10 @@ def measure(model: Transformer, tokenizer: str, folder: str, device: str) -> Non
     )
 
 
+# options of nanoGPT's sample.py, and what they are called here
+NANOGPT = {"--start": "--prompt", "--num_samples": "--n_samples", "--out_dir": "--checkpoint"}
+
+
 def main(argv: list[str]) -> None:
     """The command line. Raises ValueError or OSError for bad input."""
     parser = argparse.ArgumentParser("sample.py", description=__doc__, allow_abbrev=False,
@@ -315,7 +319,7 @@ def main(argv: list[str]) -> None:
         " writes faster; CUDA only")
     add("--evaluate", metavar="DATA", help="print the held-out loss on this prepared data instead")
     add("--export_hf", metavar="FOLDER", help="write the model for transformers there instead")
-    options = vars(parse_args(parser, argv))
+    options = vars(parse_args(parser, argv, NANOGPT))
 
     device, folder = pick_device(options.pop("device")), options.pop("export_hf")
     compiled, data = options.pop("compile"), options.pop("evaluate")

@@ -74,7 +74,8 @@ from sample import write_samples
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Raises ValueError, in one line, for impossible settings."""
+    """How to train. RECIPES has what the configs change. Raises ValueError, in one line, for
+    impossible settings."""
 
     data: str = DEFAULT_DATA  # folder made by data/prepare.py
     out: str = ""  # folder for checkpoints and log; out/CONFIG if not given
@@ -125,6 +126,7 @@ RECIPES = {
 NANOGPT = {
     "--batch_size": "--micro_batch", "--gradient_accumulation_steps": "--batch_tokens",
     "--learning_rate": "--lr", "--max_iters": "--steps", "--eval_interval": "--eval_every",
+    "--init_from": "--resume", "--dropout": "", "--dtype": "",  # the last two have no equal here
 }  # fmt: skip
 
 

@@ -61,8 +61,11 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str],
     known option, or what `other_names` has for an unknown one."""
 
     def fail(message: str) -> NoReturn:
-        hint = ": put a value after its option (a switch takes none), see --help"
-        raise ValueError(message + (hint if message.startswith("unrecognized") else ""))
+        if message.startswith("unrecognized"):
+            message += ": put a value after its option (a switch takes none), see --help"
+        if "ignored explicit argument" in message:
+            message += ": a switch takes no value, see --help"
+        raise ValueError(message)
 
     parser.error = fail  # argparse's own prints the usage and exits
     options = [name for action in parser._actions for name in action.option_strings]

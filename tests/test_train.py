@@ -516,6 +516,9 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
     [
         ("--n_leyer 3", "unknown option --n_leyer: did you mean --n_layer?"),
         ("--batch_size 4", "unknown option --batch_size: did you mean --micro_batch?"),
+        ("--init_from resume", "unknown option --init_from: did you mean --resume?"),
+        ("--dropout 0.1", "unknown option --dropout: see --help"),
+        ("--compile=False", "ignored explicit argument 'False': a switch takes no value"),
         ("toy out/toy", "unrecognized arguments: out/toy: put a value after its option"),
         ("huge", "invalid choice: 'huge'"),
         ("--steps many", "argument --steps: invalid int value: 'many'"),
