@@ -2,9 +2,9 @@
 
 The mixture is the paper's: sigmoid scores, the top k of score + bias. It has no shared expert: a
 guess, which fits the sizes that the paper prints. No token is dropped. Loss-free balancing moves
-the bias (Wang et al. 2024, arXiv 2408.15664; rule of Su 2025), so no auxiliary loss pulls on the
-model. Read `MoE.forward` from top to bottom: route, sort, two grouped matmuls, un-sort. The letters
-of shapes are those of kha.py.
+the bias (Wang et al. 2024, arXiv 2408.15664; the paper uses a rule that it cites as Su 2025), so no
+auxiliary loss pulls on the model. Read `MoE.forward` from top to bottom: route, sort, two grouped
+matmuls, un-sort. The letters of shapes are those of kha.py.
 """
 
 import math
