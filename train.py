@@ -83,7 +83,7 @@ class TrainConfig:
     seed: int = 1  # of the starting weights and of the batches
     steps: int = 1000  # optimizer steps of the whole run
     batch_tokens: int = 32768  # tokens per optimizer step
-    micro_batch: int = 8  # sequences at a time in each process; their gradients add up to a batch's
+    micro_batch: int = 8  # most sequences at a time in a process; gradients add up to a batch's
     lr: float = 7.5e-4  # peak, after 5% warm-up; a cosine takes it to 10%
     weight_decay: float = 0.1  # of matrices, not of norms and knocks
     beta1: float = 0.9  # of AdamW
@@ -279,8 +279,8 @@ def make_optimizer(model: Transformer, train: TrainConfig) -> torch.optim.Optimi
 
 def becomes_graph(model: Transformer, train: TrainConfig, n_process: int) -> bool:
     """Whether an update becomes a CUDA graph: it is a single micro-batch that a graph can hold."""
-    unit = model.config.block_size * train.micro_batch * n_process  # tokens, as in check_run
-    return train.batch_tokens == unit and can_capture(model)
+    tokens = model.config.block_size * train.micro_batch * n_process
+    return train.batch_tokens == tokens and can_capture(model)
 
 
 def build_model(
@@ -331,25 +331,26 @@ def build_model(
 # The run
 
 
-def check_run(config: Config, train: TrainConfig, checkpoint: dict | None, device: str) -> dict:
-    """The meta.json of the data. Raises ValueError, in one line, for what does not fit together."""
-    T, data, micro, n_process = config.block_size, train.data, train.micro_batch, n_processes()
+def check_run(
+    config: Config, train: TrainConfig, checkpoint: dict | None, device: str
+) -> tuple[dict, TrainConfig]:
+    """The meta.json of the data, and the settings with a micro_batch that divides what a process
+    has of a batch. Raises ValueError, in one line, for what does not fit together."""
+    T, data, n_process = config.block_size, train.data, n_processes()
     start = checkpoint["step"] if checkpoint else 0
     # Here all processes also wait until the first one of each machine has prepared the data.
     if sum_over_processes(torch.tensor(start, device=device)) != start * n_process:
         raise ValueError(f"the processes found different checkpoints in {train.out}: name a folder"
                          " that all machines share")
-    meta, unit = load_meta(data), T * micro * n_process
+    meta, unit = load_meta(data), T * n_process
     data_hash = meta["train"]["sha256"]
     if checkpoint:
         check_tokenizer(data, checkpoint["tokenizer"])
-    if train.batch_tokens % unit:
-        each, rest = divmod(train.batch_tokens, T * n_process)  # sequences of a process
-        fits = [n for n in range(min(micro, each), 0, -1) if not rest and each % n == 0]
-        raise ValueError(f"batch_tokens must be a multiple of micro_batch * block_size * processes"
-                         f" = {micro} * {T} * {n_process} = {unit}, not {train.batch_tokens}: add"
-                         + (f" --micro_batch {fits[0]} or" if fits else "")
-                         + f" --batch_tokens {-(-train.batch_tokens // unit) * unit}")
+    each, rest = divmod(train.batch_tokens, unit)  # sequences of a process
+    if rest:
+        raise ValueError(f"batch_tokens must be a multiple of block_size * processes = {T} *"
+                         f" {n_process} = {unit}, not {train.batch_tokens}: add --batch_tokens"
+                         f" {(each + 1) * unit}")
     if meta["vocab_size"] > config.vocab_size:
         raise ValueError(
             f"{data} has a vocabulary of {meta['vocab_size']} ({meta['tokenizer']}), more than the"
@@ -369,7 +370,8 @@ def check_run(config: Config, train: TrainConfig, checkpoint: dict | None, devic
     if checkpoint and checkpoint.get("data", data_hash) != data_hash:
         raise ValueError(f"{data} is not the data that the run in {train.out} was trained on: name"
                          " that with --data")
-    return meta
+    micro = max(n for n in range(1, min(train.micro_batch, each) + 1) if each % n == 0)
+    return meta, dataclasses.replace(train, micro_batch=micro)
 
 
 def main(argv: list[str]) -> None:
@@ -379,7 +381,7 @@ def main(argv: list[str]) -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         find_data(train.data)
     rank, n_process, device = join_processes(device)
-    meta = check_run(config, train, checkpoint, device)
+    meta, train = check_run(config, train, checkpoint, device)
     start, T = checkpoint["step"] if checkpoint else 0, config.block_size
     tokens = open_tokens(train.data, "train")
     held_out = open_tokens(train.data, "val")[: train.eval_tokens + 1]

@@ -147,7 +147,7 @@ class Loss(nn.Module):
 
 def run_nanogpt(config: Config, train: TrainConfig, device: str) -> None:
     """Run its train.py, and measure the held-out loss of what it has trained."""
-    meta = check_run(config, train, None, device)
+    meta, train = check_run(config, train, None, device)
     if meta["dtype"] != "uint16":
         raise ValueError(f"{train.data} has ids of {meta['dtype']}, and nanoGPT reads uint16 only:"
                          " prepare the text with --tokenizer gpt2")

@@ -218,7 +218,7 @@ def test_a_table_of_runs_to_its_end(data, clone, monkeypatch, capfd):
     rows = {
         "peer": bench.Row(f"nanoGPT {TINY}"),
         "ours": bench.Row(TINY, "peer"),
-        "wrong": bench.Row(f"{TINY} --micro_batch 3"),
+        "wrong": bench.Row(f"{TINY} --vocab_size 100"),
         "GPU": bench.Row("small"),
     }
     code, (head, _, peer, ours, wrong, gpu) = table(monkeypatch, capfd, rows, data)

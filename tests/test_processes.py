@@ -295,7 +295,8 @@ data.device.side_stream = lambda: "the side stream"
 data.device.capture = Graph
 train.run_script(train.main)
 """)
-    args = [*SCALE, "--micro_batch", 8, "--data", data, "--out", tmp_path / "run"]
+    # A process has 8 of the 16 sequences, so its micro_batch is 8, and the update becomes a graph.
+    args = [*SCALE, "--micro_batch", 16, "--data", data, "--out", tmp_path / "run"]
     done = run_process(*args, n_process=2, script=script)
     assert done.returncode == 0, done.stderr
     for rank in "01":

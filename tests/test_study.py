@@ -91,7 +91,7 @@ def records():
 
 def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
     monkeypatch.setattr(study, "EVAL_BYTES", 4 * 256)  # an evaluation every 4 updates
-    fails, diverges = grid(more="--micro_batch 3")[0], grid(more="--lr 1e18")[0]
+    fails, diverges = grid(more="--vocab_size 100")[0], grid(more="--lr 1e18")[0]
     runs = [fails, diverges, *grid()]
     monkeypatch.setattr(study, "FIGURE_3", [runs[-1].command])
     code, results = work(monkeypatch, data, runs)
@@ -99,7 +99,7 @@ def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
     assert [r["run"] for r in results] == [run.command for run in runs if run != fails]
     output = capsys.readouterr().out
     (line,) = [line for line in output.splitlines() if line.startswith("failed")]
-    assert fails.command in line and "batch_tokens must be a multiple of" in line
+    assert fails.command in line and "a vocabulary of 257 (byte), more than" in line
     assert "runs to do: 4, on 1 x CPU\nthis study is for GPUs" in output
     assert "3 of 4 runs are done, 1 failed" in output
 
@@ -121,7 +121,7 @@ def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
     with np.load("results/figure3-mlp-on-v,-no-decay.npz") as matrices:
         assert {m.shape for m in matrices.values()} == {(8, 8)} and len(matrices.files) == 3
     left = [path for path in Path("out/study").iterdir() if path.is_dir()]
-    assert len(left) == 1 and "micro_batch-3" in left[0].name  # what failed can be looked at
+    assert len(left) == 1 and "vocab_size-100" in left[0].name  # what failed can be looked at
 
     # The second time only what failed is done again.
     n_runs = len(records())

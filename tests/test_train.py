@@ -59,12 +59,25 @@ def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
     assert "\na" in shown  # the sample, from the prompt on
     epochs = 30 * 256 / load_meta(data)["train"]["tokens"]
     assert f"30 steps of 256 tokens ({epochs:.3g} epochs of {data}) on 1 x" in shown
+    assert ", 4 sequences at a time; writing" in shown
 
     model, checkpoint = load_checkpoint(out)
     assert checkpoint["step"] == 30 and checkpoint["tokenizer"] == "byte"
     tokens = np.memmap(data / "val.bin", dtype=np.uint16, mode="r")
     again = evaluate(model, tokens[:513], 32, 4, "cpu")
     assert again == pytest.approx(evals[-1]["val_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("most,fits", [(3, 2), (5, 4), (100, 8)])
+def test_a_micro_batch_divides_the_batch(most, fits, data, tmp_path):
+    """Here of 8 sequences. The run is that with such a micro_batch, bit for bit."""
+    runs = []
+    for size in (most, fits):
+        runs.append(tmp_path / str(size))
+        args = [*SHORT, *f"--steps 2 --micro_batch {size} --data {data}".split()]
+        main([*args, "--out", str(runs[-1])])
+    assert lines_of(runs[0])[0]["train"]["micro_batch"] == fits
+    assert_same_run(*runs)
 
 
 def test_the_log_begins_with_the_settings(whole, data):
@@ -299,7 +312,7 @@ def test_data_that_just_suffice_are_taken(data):
         words = f"--block_size {length} --batch_tokens {length} --eval_tokens {length}".split()
         words += ["--micro_batch", "1", "--vocab_size", str(size), "--data", str(data)]
         config, settings, _ = parse_config(words)
-        return train.check_run(config, settings, None, "cpu")
+        return train.check_run(config, settings, None, "cpu")[0]
 
     assert check(n - 1) == load_meta(data)
     with pytest.raises(ValueError, match=f"val. has {n} tokens, .* --block_size {n - 1} or less"):
@@ -532,9 +545,8 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
         ("--out EMPTY", "--out is empty"),
         ("--init EMPTY", "--init is empty"),
         ("--n_kv_head 3", "n_head must be a multiple of n_kv_head"),
-        ("--data DATA --batch_tokens 1024",
-         "8 * 256 * 1 = 2048, not 1024: add --micro_batch 4 or --batch_tokens 2048"),
-        ("--data DATA --batch_tokens 32", "2048, not 32: add --batch_tokens 2048"),
+        ("--data DATA --batch_tokens 1000",
+         "of block_size * processes = 256 * 1 = 256, not 1000: add --batch_tokens 1024"),
         ("--balance rsm", "balance must be one of rms, sign"),
         ("--device tpu", "device 'tpu' is not available"),
         ("--data DATA --vocab_size 100",
