@@ -294,8 +294,8 @@ def measure(model: Transformer, tokenizer: str, folder: str, device: str) -> Non
     )
 
 
-# options of nanoGPT's sample.py, and what they are called here
-NANOGPT = {"--start": "--prompt", "--num_samples": "--n_samples", "--out_dir": "--checkpoint"}
+# Options of nanoGPT's sample.py, and what they are here.
+NANOGPT = {"--start": "--prompt", "--out_dir": "--checkpoint"}
 
 
 def main(argv: list[str]) -> None:

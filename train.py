@@ -74,8 +74,7 @@ from sample import write_samples
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. RECIPES has what the configs change. Raises ValueError, in one line, for
-    impossible settings."""
+    """How to train. Raises ValueError, in one line, for impossible settings."""
 
     data: str = DEFAULT_DATA  # folder made by data/prepare.py
     out: str = ""  # folder for checkpoints and log; out/CONFIG if not given
@@ -83,7 +82,7 @@ class TrainConfig:
     seed: int = 1  # of the starting weights and of the batches
     steps: int = 1000  # optimizer steps of the whole run
     batch_tokens: int = 32768  # tokens per optimizer step
-    micro_batch: int = 8  # most sequences at a time in a process; gradients add up to a batch's
+    micro_batch: int = 8  # at most so many sequences at a time in a process; a run may take fewer
     lr: float = 7.5e-4  # peak, after 5% warm-up; a cosine takes it to 10%
     weight_decay: float = 0.1  # of matrices, not of norms and knocks
     beta1: float = 0.9  # of AdamW
@@ -121,12 +120,12 @@ RECIPES = {
     "moe-1b-6.1b": _main,
 }  # fmt: skip
 
-
 # Options of nanoGPT, which many readers know, and what they are here.
 NANOGPT = {
     "--batch_size": "--micro_batch", "--gradient_accumulation_steps": "--batch_tokens",
     "--learning_rate": "--lr", "--max_iters": "--steps", "--eval_interval": "--eval_every",
-    "--init_from": "--resume", "--dropout": "", "--dtype": "",  # the last two have no equal here
+    "--init_from": "--resume",
+    **dict.fromkeys(("--dropout", "--dtype", "--min_lr", "--bias", "--backend"), ""),  # none here
 }  # fmt: skip
 
 
@@ -331,11 +330,11 @@ def build_model(
 # The run
 
 
-def check_run(
-    config: Config, train: TrainConfig, checkpoint: dict | None, device: str
-) -> tuple[dict, TrainConfig]:
-    """The meta.json of the data, and the settings with a micro_batch that divides what a process
-    has of a batch. Raises ValueError, in one line, for what does not fit together."""
+def check_run(config: Config, train: TrainConfig, checkpoint: dict | None,
+              device: str) -> tuple[dict, TrainConfig]:
+    """The meta.json of the data; and the settings, with the largest micro_batch, up to the given
+    one, that divides a process's sequences of a batch. A checkpoint keeps the given one, because a
+    resumed run may have other processes. Raises ValueError, in one line, for what does not fit."""
     T, data, n_process = config.block_size, train.data, n_processes()
     start = checkpoint["step"] if checkpoint else 0
     # Here all processes also wait until the first one of each machine has prepared the data.
@@ -348,9 +347,10 @@ def check_run(
         check_tokenizer(data, checkpoint["tokenizer"])
     each, rest = divmod(train.batch_tokens, unit)  # sequences of a process
     if rest:
+        size = min(train.micro_batch, each + 1)  # of the micro-batches of what is advised
         raise ValueError(f"batch_tokens must be a multiple of block_size * processes = {T} *"
                          f" {n_process} = {unit}, not {train.batch_tokens}: add --batch_tokens"
-                         f" {(each + 1) * unit}")
+                         f" {(each // size + 1) * size * unit}")
     if meta["vocab_size"] > config.vocab_size:
         raise ValueError(
             f"{data} has a vocabulary of {meta['vocab_size']} ({meta['tokenizer']}), more than the"
@@ -381,6 +381,7 @@ def main(argv: list[str]) -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         find_data(train.data)
     rank, n_process, device = join_processes(device)
+    settings = {"config": asdict(config), "train": asdict(train)}  # saved as given, see check_run
     meta, train = check_run(config, train, checkpoint, device)
     start, T = checkpoint["step"] if checkpoint else 0, config.block_size
     tokens = open_tokens(train.data, "train")
@@ -394,9 +395,8 @@ def main(argv: list[str]) -> None:
             restore(model, optimizer, checkpoint)
             checkpoint = None  # it maps its file: a deleted one would still take space
     log = Log(train.out, start, writes=rank == 0)
-    settings = {"config": asdict(config), "train": asdict(train)}
     settings |= {"tokenizer": meta["tokenizer"], "data": meta["train"]["sha256"]}
-    log.begin(model, settings, device, n_process, len(tokens))
+    log.begin(model, settings | {"train": asdict(train)}, device, n_process, len(tokens))
 
     def draw(step: int) -> Tensor:
         """This process's micro-batches of an update: (n_micro, micro_batch, T + 1)."""

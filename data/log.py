@@ -143,8 +143,7 @@ class Log:
         self.say(
             f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; {train['steps']} steps of"
             f" {self.batch_tokens} tokens ({epochs:.3g} epochs of {train['data']}) on {n_process} x"
-            f" {device.split(':')[0]}, {train['micro_batch']} sequences at a time;"
-            f" writing {self.out}"
+            f" {device.split(':')[0]}, micro_batch {train['micro_batch']}; writing {self.out}"
             + (f", going on after step {self.start}" if self.start else
                f", beginning with the weights of {train['init']}" if train["init"] else "")
         )  # fmt: skip

@@ -58,7 +58,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 def parse_args(parser: argparse.ArgumentParser, argv: list[str],
                other_names: dict[str, str] | None = None) -> argparse.Namespace:
     """Parse `argv`. Anything wrong with it is a ValueError of one line, which names the nearest
-    known option, or what `other_names` has for an unknown one."""
+    known option, or what `other_names` has for an unknown one ("" for none)."""
 
     def fail(message: str) -> NoReturn:
         if message.startswith("unrecognized"):

@@ -61,8 +61,9 @@ def save(figure: plt.Figure, path: Path) -> Path:
 
 
 def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
-    """All pictures of a study, in a folder of results. Without a pair there are none."""
-    if name in ("toy", "gpt2"):  # a table of two rows or three says as much
+    """All pictures of a study, in a folder of results: none without a pair, and none of `toy` and
+    `gpt2`."""
+    if name in ("toy", "gpt2"):  # their tables have two or three rows, and say as much
         return []
     if not any(findings.differences(*row) for row in findings.results):
         return []

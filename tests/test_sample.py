@@ -189,6 +189,7 @@ def test_the_script_writes_samples(model, run_here):
         ("--checkpoint none.pt --top_p 2", "top_p must be"),  # before a model is loaded
         ("--prompt -x1", "a value needs =, as in --option=-VALUE"),
         ("--top 5", "unknown option --top: did you mean --top_"),
+        ("--out_dir x", "unknown option --out_dir: did you mean --checkpoint?"),
         ("--start x", "unknown option --start: did you mean --prompt?"),
         ("--device tpu", "device 'tpu' is not available"),
         ("--seed x", "invalid int value"),

@@ -59,7 +59,7 @@ def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
     assert "\na" in shown  # the sample, from the prompt on
     epochs = 30 * 256 / load_meta(data)["train"]["tokens"]
     assert f"30 steps of 256 tokens ({epochs:.3g} epochs of {data}) on 1 x" in shown
-    assert ", 4 sequences at a time; writing" in shown
+    assert ", micro_batch 4; writing" in shown
 
     model, checkpoint = load_checkpoint(out)
     assert checkpoint["step"] == 30 and checkpoint["tokenizer"] == "byte"
@@ -577,3 +577,14 @@ def test_bad_input_is_one_line_and_touches_nothing(args, message, data, halves, 
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("train.py: error: ") and message in done.stderr
     assert contents(tmp_path) == before
+
+
+def test_a_resumed_run_fits_its_micro_batch_again(data, tmp_path, capsys):
+    """A checkpoint keeps what was asked for, not what fitted the batch at that time."""
+    args = [*SHORT, *f"--micro_batch 5 --save_every 2 --data {data}".split()]
+    args += ["--out", str(tmp_path / "run")]
+    main([*args, "--steps", "2"])
+    assert ", micro_batch 4; writing" in capsys.readouterr().out
+    again = f"--resume --steps 4 --batch_tokens 320 --data {data} --out {tmp_path / 'run'}"
+    main(again.split())
+    assert ", micro_batch 5; writing" in capsys.readouterr().out
