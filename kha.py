@@ -561,9 +561,10 @@ def check_config(c: Config) -> None:
         (c.attention == "gta" and c.knock_k != "none", "gta knocks by knock_v: leave knock_k none"),
         (mla and knocks - {"none", "linear"},
          "in mla, knock_q, knock_k and knock_v must be linear or none,"
-         f" not {c.knock_q}, {c.knock_k} and {c.knock_v}"),
+         f" not {c.knock_q}, {c.knock_k} and {c.knock_v}: set knock_v linear, or none"),
         (mla and (c.kv_rank == 0 or c.kv_rank % c.n_kv_head),
-         f"mla needs a kv_rank that is a multiple of n_kv_head, not {c.kv_rank}"),
+         f"mla needs a kv_rank that is a multiple of n_kv_head, {c.n_kv_head}, not {c.kv_rank}:"
+         f" set it, to {4 * c.head_dim * c.n_kv_head} for example"),
         (not mla and (c.kv_rank or c.q_rank), "kv_rank and q_rank belong to mla: leave them 0"),
         ((c.n_expert == 0) != (c.top_k == 0) or c.top_k > c.n_expert,
          f"top_k must be in 1..n_expert (both 0 if dense), not {c.top_k} of {c.n_expert}"),

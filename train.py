@@ -81,7 +81,7 @@ class TrainConfig:
     init: str = ""  # start from these weights: another run's folder, a checkpoint or a Qwen3 folder
     seed: int = 1  # of the starting weights and of the batches
     steps: int = 1000  # optimizer steps of the whole run
-    batch_tokens: int = 32768  # tokens per optimizer step
+    batch_tokens: int = 32768  # tokens per optimizer step, a multiple of block_size * processes
     micro_batch: int = 8  # at most so many sequences at a time in a process; a run may take fewer
     lr: float = 7.5e-4  # peak, after 5% warm-up; a cosine takes it to 10%
     weight_decay: float = 0.1  # of matrices, not of norms and knocks

@@ -211,7 +211,10 @@ def run_transformers(config: Config, train: TrainConfig, device: str, dtype: tor
     model = build_transformers(config, dtype, device).train()
     optimizer = make_optimizer(model, train)
     tokens = torch.randint(config.vocab_size, (train.micro_batch, config.block_size), device=device)
-    n_micro = train.batch_tokens // tokens.numel()
+    n_micro, rest = divmod(train.batch_tokens, tokens.numel())
+    if rest:
+        raise ValueError(f"batch_tokens must be a multiple of micro_batch * block_size ="
+                         f" {tokens.numel()}, not {train.batch_tokens}: lower --micro_batch")
     casts = torch.autocast(device, torch.bfloat16) if dtype == torch.float32 else nullcontext()
     with torch.device("meta"):
         flops = flops_per_token(Transformer(config), config.block_size)

@@ -92,6 +92,12 @@ def test_a_run_of_transformers_learns(data, peer):
     assert updates[0]["loss"] > 5 > updates[-1]["loss"] and len(updates) == 24 and not evals
 
 
+def test_a_run_of_transformers_leaves_out_no_sequence():
+    words = f"transformers {TINY} {DENSE} --micro_batch 3 --out out/theirs".split()
+    with pytest.raises(ValueError, match="micro_batch .* = 96, not 256: lower --micro_batch"):
+        peers.main(words)
+
+
 @pytest.mark.parametrize("rule", peers.RULES)
 def test_other_rules_move_the_knocks_as_they_say(rule):
     """Three steps against AdamW's equations in float64. The second of them is to be skipped."""
