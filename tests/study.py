@@ -589,8 +589,8 @@ def main(argv: list[str]) -> None:
     instead.add_argument("--update", action="store_true", help="rewrite all tables and pictures")
     parser.add_argument("--results", type=Path, default=RESULTS,
                         help="folder of the results (default: tests/results)")
-    parser.add_argument("--data", help="folder made by data/prepare.py (default: data/studies, or"
-                        " data/studies_gpt2 for time_to_loss; it is made if it is not there)")
+    parser.add_argument("--data", help="folder made by data/prepare.py (default: data/studies;"
+                        " for gpt2 and time_to_loss data/studies_gpt2; it is made if not there)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end after so many minutes")
     parser.add_argument("--keep", action="store_true", help="keep what finished runs wrote")
     args = parse_args(parser, argv)
