@@ -351,6 +351,7 @@ def check_run(config: Config, train: TrainConfig, checkpoint: dict | None,
         raise ValueError(f"batch_tokens must be a multiple of block_size * processes = {T} *"
                          f" {n_process} = {unit}, not {train.batch_tokens}: add --batch_tokens"
                          f" {(each // size + 1) * size * unit}")
+    micro = max(n for n in range(1, min(train.micro_batch, each) + 1) if each % n == 0)
     if meta["vocab_size"] > config.vocab_size:
         raise ValueError(
             f"{data} has a vocabulary of {meta['vocab_size']} ({meta['tokenizer']}), more than the"
@@ -370,7 +371,6 @@ def check_run(config: Config, train: TrainConfig, checkpoint: dict | None,
     if checkpoint and checkpoint.get("data", data_hash) != data_hash:
         raise ValueError(f"{data} is not the data that the run in {train.out} was trained on: name"
                          " that with --data")
-    micro = max(n for n in range(1, min(train.micro_batch, each) + 1) if each % n == 0)
     return meta, dataclasses.replace(train, micro_batch=micro)
 
 

@@ -95,7 +95,7 @@ def draw_losses(findings: Findings, path: Path) -> Path:
         axes.plot(tokens, middle, "o-", color=COLORS[kind], markersize=4, label=f"{kind}, {label}")
         axes.fill_between(tokens, low, high, color=COLORS[kind], alpha=0.15, linewidth=0)
 
-    kinds = ["none", *(kind for kind in COLORS if kind.endswith("no decay"))]  # as train.py trains
+    kinds = [kind for kind in findings.kinds if kind.endswith(("none", "no decay"))]  # of train.py
     found = {kind: findings.results["", kind] for kind in kinds if ("", kind) in findings.results}
     shared = set.intersection(*(set(runs) for runs in found.values()))
     for kind, runs in found.items():

@@ -80,6 +80,17 @@ def test_a_micro_batch_divides_the_batch(most, fits, data, tmp_path):
     assert_same_run(*runs)
 
 
+def test_a_resumed_run_fits_its_micro_batch_again(data, tmp_path, capsys):
+    """A checkpoint keeps what was asked for, not what fitted the batch at that time."""
+    args = [*SHORT, *f"--micro_batch 5 --save_every 2 --data {data}".split()]
+    args += ["--out", str(tmp_path / "run")]
+    main([*args, "--steps", "2"])
+    assert ", micro_batch 4; writing" in capsys.readouterr().out
+    again = f"--resume --steps 4 --batch_tokens 320 --data {data} --out {tmp_path / 'run'}"
+    main(again.split())
+    assert ", micro_batch 5; writing" in capsys.readouterr().out
+
+
 def test_the_log_begins_with_the_settings(whole, data):
     config, settings, _ = parse_config([*SHORT, "--data", str(data), "--out", "anywhere"])
     first, *others = lines_of(whole)
@@ -577,14 +588,3 @@ def test_bad_input_is_one_line_and_touches_nothing(args, message, data, halves, 
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("train.py: error: ") and message in done.stderr
     assert contents(tmp_path) == before
-
-
-def test_a_resumed_run_fits_its_micro_batch_again(data, tmp_path, capsys):
-    """A checkpoint keeps what was asked for, not what fitted the batch at that time."""
-    args = [*SHORT, *f"--micro_batch 5 --save_every 2 --data {data}".split()]
-    args += ["--out", str(tmp_path / "run")]
-    main([*args, "--steps", "2"])
-    assert ", micro_batch 4; writing" in capsys.readouterr().out
-    again = f"--resume --steps 4 --batch_tokens 320 --data {data} --out {tmp_path / 'run'}"
-    main(again.split())
-    assert ", micro_batch 5; writing" in capsys.readouterr().out
