@@ -61,11 +61,9 @@ def save(figure: plt.Figure, path: Path) -> Path:
 
 
 def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
-    """All pictures of a study, in a folder of results: none without a pair, and none of `toy` and
-    `gpt2`."""
-    if name in ("toy", "gpt2"):  # their tables have two or three rows, and say as much
-        return []
-    if not any(findings.differences(*row) for row in findings.results):
+    """All pictures of a study, in a folder of results: none without a pair, and none of `toy`."""
+    paired = [group for group, kind in findings.results if findings.differences(group, kind)]
+    if name == "toy" or not paired:  # the table of toy has two rows, and says as much
         return []
     if name == "stability":
         return [draw_rates(findings, folder / "stability.svg")]
@@ -73,9 +71,11 @@ def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
         return [draw_lengths(findings, folder / "tokens.svg")]
     if name == "time_to_loss":
         return [draw_times(findings, folder / "time_to_loss.svg")]
+    if name == "gpt2":
+        return [draw_losses(findings, paired[-1], folder / "gpt2.svg")]
     paths = [draw_differences(findings, folder / f"{name}.svg")]
     if name == "types":
-        paths.append(draw_losses(findings, folder / "loss.svg"))
+        paths.append(draw_losses(findings, "", folder / "loss.svg"))
         matrices = {}
         for path in sorted(folder.glob("figure3-*.npz")):
             with np.load(path) as file:
@@ -85,9 +85,9 @@ def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
     return paths
 
 
-def draw_losses(findings: Findings, path: Path) -> Path:
-    """Held-out loss against tokens, with the range of the seeds as a band, of the seeds that all
-    kinds have; below it the difference to no knocks, with its 95% interval as a band."""
+def draw_losses(findings: Findings, group: str, path: Path) -> Path:
+    """Held-out loss of a group against tokens, with the range of the seeds as a band, of the seeds
+    that all kinds have; below it the difference to no knocks, with its 95% interval as a band."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6.5), sharex=True)
 
     def draw(axes: plt.Axes, kind: str, tokens: np.ndarray, middle: np.ndarray, low: np.ndarray,
@@ -96,7 +96,7 @@ def draw_losses(findings: Findings, path: Path) -> Path:
         axes.fill_between(tokens, low, high, color=COLORS[kind], alpha=0.15, linewidth=0)
 
     kinds = [kind for kind in findings.kinds if kind.endswith(("none", "no decay"))]  # of train.py
-    found = {kind: findings.results["", kind] for kind in kinds if ("", kind) in findings.results}
+    found = {k: findings.results[group, k] for k in kinds if (group, k) in findings.results}
     shared = set.intersection(*(set(runs) for runs in found.values()))
     for kind, runs in found.items():
         runs = [runs[seed] for seed in shared if runs[seed]["val_loss"] is not None]
@@ -106,15 +106,16 @@ def draw_losses(findings: Findings, path: Path) -> Path:
             losses = np.array([[loss for _, loss, _ in run["evals"]] for run in runs], dtype=float)
             low, high = losses.min(0), losses.max(0)
             draw(top, kind, tokens, losses.mean(0), low, high, f"{len(runs)} seeds")
-        course = findings.course("", kind)
+        course = findings.course(group, kind)
         if course:
-            n_pair = len(findings.pairs("", kind))
+            n_pair = len(findings.pairs(group, kind))
             tokens = np.array(list(course)) / 1e6
             mean, half = np.array([interval(differences) for differences in course.values()]).T
             draw(bottom, kind, tokens, mean, mean - half, mean + half, f"{n_pair} pairs")
     bottom.axhline(0, color=COLORS["none"], linewidth=1)
-    top.set(ylabel=LOSS)
-    bottom.set(xlabel="millions of bytes trained on", ylabel=DIFFERENCE)
+    unit = findings.study.unit
+    top.set(ylabel=LOSS.replace("byte", unit))
+    bottom.set(xlabel=f"millions of {unit}s trained on", ylabel=DIFFERENCE.replace("byte", unit))
     top.legend()
     bottom.legend()
     return save(figure, path)

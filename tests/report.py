@@ -37,6 +37,11 @@ class Study(NamedTuple):
     tokenizer: str = "byte"
     baseline: str = "none"
 
+    @property
+    def unit(self) -> str:
+        """Of what losses are the mean: byte or token."""
+        return "byte" if self.tokenizer == "byte" else "token"
+
 
 # ---- what a run leaves
 
@@ -378,7 +383,7 @@ def caption(findings: Findings, explains: str) -> str:
     for run in runs:
         versions.setdefault(f"{run['gpu']}, torch {run['torch']}", set()).add(version(run))
     machines = [f"{on}, {', '.join(sorted(some))}" for on, some in sorted(versions.items())]
-    unit = "byte" if findings.study.tokenizer == "byte" else "token"
+    unit = findings.study.unit
     return (
         f"Losses in nats per {unit}, over {runs[0]['eval_tokens'] / 1e6:.1f}M {unit}s."
         + explains

@@ -106,6 +106,12 @@ def small(shape: str = "", steps: int = 7630, lr: float = LR) -> str:
     return " ".join(f"small {shape} --lr {lr:g} --steps {steps}".split())
 
 
+def gpt2(lr: float, steps: int = 2500) -> str:
+    """A run of `gpt2` with ten evaluations. 2,500 updates of 32,768 tokens are 82M tokens."""
+    every = steps // 10
+    return f"gpt2 --batch_tokens 32768 --steps {steps} --eval_every {every} --lr {lr:g}"
+
+
 def grid(groups: dict[str, str], kinds: list[str], seeds: Iterable[int]) -> list[Run]:
     """All runs, seed by seed. The runs of a pair stand side by side, to end together.
 
@@ -164,10 +170,7 @@ HEADS = {
     "12 × 64": small(),
     "6 × 128": small("--n_head 6 --n_kv_head 2 --head_dim 128"),
 }
-GPT2 = {
-    f"{lr:g}": f"gpt2 --batch_tokens 32768 --steps 2500 --eval_every 250 --lr {lr:g}"
-    for lr in (6e-4, 1.2e-3)
-}
+GPT2_RATES = {f"{lr:g}": gpt2(lr) for lr in (6e-4, 1.2e-3)}
 STUDIES = {
     "stability": Study(
         "learning rate",
@@ -212,11 +215,16 @@ STUDIES = {
         baseline="mlp on v",
     ),
     "heads": Study("query heads", grid(HEADS, PAIR, range(1, 4))),
-    "gpt2": Study("", grid({"": GPT2["0.0006"]}, NO_DECAY, range(1, 4)), tokenizer="gpt2"),
+    "gpt2": Study(
+        "tokens",
+        grid({"82M": gpt2(6e-4)}, NO_DECAY, range(1, 4))
+        + grid({"164M": gpt2(6e-4, steps=5000)}, DEFAULT, range(1, 4)),
+        tokenizer="gpt2",
+    ),
     "time_to_loss": Study(
         "learning rate",
-        [Run(lr, "nanoGPT", 1, f"nanoGPT {options}") for lr, options in GPT2.items()]
-        + grid(GPT2, PAIR, range(1, 2)),
+        [Run(lr, "nanoGPT", 1, f"nanoGPT {options}") for lr, options in GPT2_RATES.items()]
+        + grid(GPT2_RATES, PAIR, range(1, 2)),
         tokenizer="gpt2",
     ),
 }

@@ -36,6 +36,7 @@ def test_the_differences_in_the_table_are_those_of_the_studies():
     assert shown(r"(\d+M of \d+M|\d+M, dense)") == rows("sizes", rf"(\w[^|]*){mlp}")
     assert shown(r"runs of (\w+) bytes") == rows("tokens", rf"(\w+){mlp}")
     assert shown(r"(\d+) of 12") == rows("kv_heads", rf"(\d+){mlp}")
+    assert shown(r"(?:source|manuals), (\w+) tokens") == rows("gpt2", rf"(\w+){mlp}")
     kinds = r"([^|]+, no decay|linear on q, k, v|mlp on v, random start)"
     assert shown(r"(\w+ on [^>:|]+)") == rows("types", kinds)
 
@@ -56,11 +57,16 @@ def test_the_headline_is_what_the_results_say():
     assert len(complete) == 6 and max(map(max, complete)) < 0
     by_seed = [sum(seed) / len(seed) for seed in zip(*complete, strict=True)]
     assert f"experts, end {shown(by_seed)} nats a byte lower" in prose
-    gpt2 = found("gpt2").differences("", "mlp on v, no decay")
-    assert f"of GPT-2's tokens, ends {shown(gpt2)} nats a token lower" in prose
-    assert len(gpt2) == 3 and max(gpt2) < 0 and "All 21 pairs of runs gain." in prose
+    gpt2 = [
+        findings.differences(group, "mlp on v, no decay")
+        for findings in by_data("gpt2", STUDIES["gpt2"], results)
+        for group in findings.groups
+    ]
+    assert f"of GPT-2's tokens, ends {shown(gpt2[1])} nats a token lower" in prose
+    pairs = [difference for some in (*complete, *gpt2) for difference in some]
+    assert max(pairs) < 0 and f"All their {len(pairs)} pairs gain." in prose
     long = found("tokens").differences("1B", "mlp on v, no decay")
-    assert f"After 1B bytes `small` gains {shown(long)}: " in prose
+    assert f"After 1B bytes `small` gains {shown(long)}, " in prose
     no_decay = found("decay").differences("", "mlp on v, no decay")
     assert f"with weight decay, which takes {shown(no_decay)} of the gain" in prose
     types = found("types").results
