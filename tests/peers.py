@@ -24,9 +24,9 @@ decay. With decay they decay to zero, as all other matrices do. With to-start th
 they started: T, W^up and W^down to the identity, W^gate to zero. With slow they decay to zero, but
 their learning rate is a tenth, and so is their decay.
 
-unshared: as decay, with a knock of its own for each head. So the heads do not interact, and this is
-no longer KHA: it is the control that shows, beside decay, what the sharing does. The seed gives the
-same start and batches as in train.py.
+unshared, unshared-no-decay: as decay and as train.py, with a knock of its own for each head. So the
+heads do not interact, and this is no longer KHA: it is the control that shows, beside decay or
+train.py, what the sharing does. The seed gives the same start and batches as in train.py.
 """
 
 import importlib.util
@@ -65,7 +65,8 @@ from train import TrainConfig, check_run, make_optimizer, parse_config
 ROOT = Path(__file__).resolve().parent.parent
 CLONE = Path(os.environ.get("NANOGPT", ROOT.parent / "nanoGPT")).resolve()
 RULES = ("decay", "to-start", "slow")
-RULED = (*RULES, "unshared")  # our own train.py, with RuledConfig
+UNSHARED = ("unshared", "unshared-no-decay")
+RULED = (*RULES, *UNSHARED)  # our own train.py, with RuledConfig
 PEERS = ("nanoGPT", "transformers", "transformers-float32", *RULED)
 
 
@@ -259,8 +260,8 @@ class RuledConfig(TrainConfig):
 def make_optimizer_with(
     rule: str, model: Transformer, train: TrainConfig
 ) -> torch.optim.Optimizer:
-    """What train.make_optimizer makes, with the rule of one of RULED for the knocks, as told
-    above."""
+    """What train.make_optimizer makes, with the rule of one of RULES or of unshared for the knocks,
+    as told above."""
     optimizer = make_optimizer(model, train)
     knocks = [p for knock in knocks_of(model).values() for p in knock.parameters()]
     ids = set(map(id, knocks))
@@ -317,9 +318,10 @@ def main(argv: list[str]) -> None:
         raise FileNotFoundError(reason)
     if peer in RULED:
         ours.TrainConfig, RuledConfig.peer = RuledConfig, peer
-        if peer == "unshared":
+        if peer in UNSHARED:
             kha.Heads = UnsharedHeads
-        ours.make_optimizer = partial(make_optimizer_with, peer)
+        if peer != "unshared-no-decay":
+            ours.make_optimizer = partial(make_optimizer_with, peer)
         return ours.main([*options, "--rule", peer])
     config, train, _ = parse_config(options)
     device = pick_device(train.device)

@@ -95,6 +95,7 @@ KINDS = {  # the peer that runs it, "" for train.py, and its options
     "mlp on v, no decay": ("", "--knock_v mlp"),
     "gate on v, no decay": ("", "--knock_v gate"),
     "mlp on q, k, v, no decay": ("", "--knock_q mlp --knock_k mlp --knock_v mlp"),
+    "mlp on v, one for each head, no decay": ("unshared-no-decay", "--knock_v mlp"),
     "mlp on v, decay to the start": ("to-start", "--knock_v mlp"),
     "mlp on v, slow": ("slow", "--knock_v mlp"),
 }
@@ -135,6 +136,10 @@ TYPES = [
     "mlp on v", "linear on v", "gate on v", "linear on q, k, v", "mlp on q, k, v",
     "mlp on v, random start", "linear on v, no decay", "gate on v, no decay",
     "mlp on q, k, v, no decay",
+]  # fmt: skip
+GPT2_TYPES = [
+    "mlp on v, one for each head, no decay", "gate on v, no decay", "mlp on q, k, v, no decay",
+    "mlp on v",
 ]  # fmt: skip
 RULES = ["mlp on v, no decay", "mlp on v, decay to the start", "mlp on v, slow"]
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
@@ -218,7 +223,9 @@ STUDIES = {
     "gpt2": Study(
         "tokens",
         grid({"82M": gpt2(6e-4)}, NO_DECAY, range(1, 4))
-        + grid({"164M": gpt2(6e-4, steps=5000)}, DEFAULT, range(1, 4)),
+        + grid({"164M": gpt2(6e-4, steps=5000)}, DEFAULT, range(1, 4))
+        + grid({"82M": gpt2(6e-4)}, GPT2_TYPES, range(1, 4))
+        + grid({"82M": gpt2(6e-4)}, DEFAULT, range(4, 7)),
         tokenizer="gpt2",
     ),
     "time_to_loss": Study(

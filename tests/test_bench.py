@@ -189,12 +189,16 @@ def test_a_run_with_another_rule_goes_on_where_it_was(data):
     assert halves[-1]["step"] == slow[-1]["step"] == 24 and slow[-1]["knocks"] != fast[-1]["knocks"]
 
 
-def test_a_single_head_that_shares_with_nobody_learns_as_with_decay(data):
+def test_a_single_head_learns_the_same_whether_it_shares_or_not(data):
     options = f"{TINY} --n_kv_head 1 --weight_decay 9 --prompt a --data {data} --out".split()
-    for rule in ("unshared", "decay", "to-start"):
+    for rule in ("unshared", "decay", "unshared-no-decay"):
         run_ruled(rule, *options, rule)
-    losses = [report.read_log(Path(rule))[1][-1]["val_loss"] for rule in ("unshared", "decay")]
-    assert losses[0] == losses[1] != report.read_log(Path("to-start"))[1][-1]["val_loss"]
+    peers.ours.main([*options, "as-in-train"])
+    found = (*peers.UNSHARED, "decay", "as-in-train")
+    own, own_no_decay, decay, no_decay = (
+        report.read_log(Path(folder))[1][-1]["val_loss"] for folder in found
+    )
+    assert own == decay != own_no_decay == no_decay
 
 
 @pytest.mark.parametrize("rule", peers.RULED)
