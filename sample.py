@@ -5,7 +5,6 @@ past in a key/value cache. A single text appears while it is written. With --eva
 the model on prepared data instead, with --export_hf it writes the model for transformers.
 """
 
-import argparse
 import codecs
 import os
 import sys
@@ -24,7 +23,7 @@ from data.checkpoint import load_checkpoint
 from data.device import can_capture, capture, copy_to_cpu, pick_device
 from data.evaluation import bits_per_byte, evaluate
 from data.hf import export_hf
-from data.script import parse_args, run_script
+from data.script import new_parser, parse_args, run_script
 from data.tokenizer_json import Tokenizer
 from data.tokens import (
     check_tokenizer,
@@ -300,8 +299,7 @@ NANOGPT = {"--start": "--prompt", "--out_dir": "--checkpoint"}
 
 def main(argv: list[str]) -> None:
     """The command line. Raises ValueError or OSError for bad input."""
-    parser = argparse.ArgumentParser("sample.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("sample.py", __doc__)
     add = parser.add_argument
     add("--checkpoint", default="out/toy", help="a run's folder (then its best.pt, if it has"
         " one), or a file (default: out/toy)")

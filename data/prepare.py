@@ -23,11 +23,11 @@ of them are an error) and files without text in a folder. A row must fit in memo
 other texts are, about 40 bytes are held for each document and 1 kB for each file.
 """
 
-import argparse
 import json
 import os
 import platform
 import sys
+from argparse import SUPPRESS
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -44,7 +44,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.documents import PIECE, Document, LeftOut, drop_duplicates, find_sources, read_documents
-from data.script import is_taken, naming, new_folder, parse_args, run_script
+from data.script import is_taken, naming, new_folder, new_parser, parse_args, run_script
 from data.split import SEQUENCE, split_tokens
 from data.tokenizer_json import Tokenizer
 from data.tokens import (
@@ -193,9 +193,7 @@ def find_data(folder: str) -> None:
 
 def main(argv: list[str]) -> None:
     """The command line. Raises ValueError or OSError for bad input."""
-    parser = argparse.ArgumentParser(prog="prepare.py", description=__doc__, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("prepare.py", __doc__, argument_default=SUPPRESS)
     parser.add_argument("inputs", nargs="*", metavar="INPUT")
     parser.add_argument("--out",
                         help=f"new folder for the token files (without INPUT: {DEFAULT_DATA})")

@@ -55,6 +55,15 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
+def new_parser(name: str, doc: str, **more) -> argparse.ArgumentParser:
+    """The parser of the script `name`. --help shows `doc` as it is written. Options have to be
+    written whole, so that a new one never makes an old command ambiguous."""
+    return argparse.ArgumentParser(
+        name, description=doc, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, **more,
+    )  # fmt: skip
+
+
 def parse_args(parser: argparse.ArgumentParser, argv: list[str],
                other_names: dict[str, str] | None = None) -> argparse.Namespace:
     """Parse `argv`. Anything wrong with it is a ValueError of one line, which names the nearest
@@ -98,10 +107,8 @@ def add_fields(
 ) -> argparse.ArgumentParser:
     """A parser with the name of one of `configs` (each: field -> value), and every field of these
     dataclasses as an option without a default. The comment beside a field is its help."""
-    parser = argparse.ArgumentParser(
-        prog, description=doc, usage=f"{prog} [config] [--option value ...]", allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    usage = f"{prog} [config] [--option value ...]"
+    parser = new_parser(prog, doc, usage=usage, argument_default=argparse.SUPPRESS)
     parser.add_argument(
         "config", nargs="?", default=default, choices=configs, metavar="config",
         help=f"one of {', '.join(configs)} (default: {default})",

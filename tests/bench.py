@@ -18,7 +18,6 @@ Peers that are not installed are left out: nanoGPT (a clone at $NANOGPT, or besi
 project) and transformers.
 """
 
-import argparse
 import json
 import math
 import os
@@ -43,7 +42,7 @@ import train as training
 from data.device import pick_device
 from data.figures import count_params, of_gpu
 from data.prepare import prepare
-from data.script import parse_args, run_script
+from data.script import new_parser, parse_args, run_script
 from kha import Transformer
 from sample import compile_steps, generate, lighten
 from tests.peers import ROOT, build_transformers, missing, split_command
@@ -257,8 +256,7 @@ def cells(row: Row, found: dict[str, float], speeds: dict[str, float]) -> list[s
 
 def main(argv: list[str]) -> None:
     """The command line. Raises ValueError or OSError for bad input."""
-    parser = argparse.ArgumentParser("bench.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("bench.py", __doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="of a group or a row")
     parser.add_argument("--data", default=training.DEFAULT_DATA,
                         help=f"made by data/prepare.py (default: {training.DEFAULT_DATA})")

