@@ -41,7 +41,7 @@ from torch.profiler import ProfilerActivity, profile
 import train as training
 from data.device import pick_device
 from data.figures import count_params, of_gpu
-from data.prepare import prepare
+from data.prepare import DEFAULT_DATA, find_data
 from data.script import new_parser, parse_args, run_script
 from kha import Transformer
 from sample import compile_steps, generate, lighten
@@ -258,8 +258,8 @@ def main(argv: list[str]) -> None:
     """The command line. Raises ValueError or OSError for bad input."""
     parser = new_parser("bench.py", __doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="of a group or a row")
-    parser.add_argument("--data", default=training.DEFAULT_DATA,
-                        help=f"made by data/prepare.py (default: {training.DEFAULT_DATA})")
+    parser.add_argument("--data", default=DEFAULT_DATA,
+                        help=f"made by data/prepare.py (default: {DEFAULT_DATA})")
     parser.add_argument("--here", metavar="ROW", help="measure one row, in JSON, in this process")
     args = parse_args(parser, argv)
     if args.here:
@@ -270,8 +270,7 @@ def main(argv: list[str]) -> None:
     if unknown or not args.names:
         wrong = f"no group or row {', '.join(unknown)}: " if unknown else ""
         raise ValueError(f"{wrong}name some of {', '.join(GROUPS)}, or rows of their tables")
-    if args.data == training.DEFAULT_DATA and not os.path.exists(args.data):
-        prepare([], args.data)
+    find_data(args.data)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{gpu}, torch {torch.__version__}")
     speeds, n_failed = {}, 0
