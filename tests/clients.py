@@ -21,15 +21,16 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":  # Python looks for modules in this file's folder, not in the one above
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch  # noqa: E402
+import torch
 
-from data.checkpoint import load_checkpoint  # noqa: E402
-from data.script import new_parser, parse_args, run_script  # noqa: E402
-from data.tokens import TOKENIZERS, load_tokenizer, open_tokens  # noqa: E402
-from sample import generate  # noqa: E402
+from data.checkpoint import load_checkpoint
+from data.script import new_parser, parse_args, run_script
+from data.tokens import TOKENIZERS, load_tokenizer, open_tokens
+from sample import generate
+from tests.peers import ROOT
 
 SHAPE = "toy --n_layer 2 --n_embd 64 --d_ff 128 --vocab_size 50304 --block_size 128".split()
 SHORT = "--steps 60 --batch_tokens 512 --micro_batch 4 --eval_every 60 --save_every 60".split()
@@ -134,7 +135,7 @@ def install(folder: Path) -> tuple[Path, Path]:
 
 
 def keep_gpt2(folder: Path) -> None:
-    """Put GPT-2's two files where tiktoken looks for them, and checks their hashes."""
+    """Put GPT-2's two files where tiktoken looks for them. It checks their hashes itself."""
     cache = folder / "tiktoken"
     cache.mkdir(exist_ok=True)
     for url in TOKENIZERS["gpt2"]:
