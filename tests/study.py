@@ -47,7 +47,7 @@ from data.checkpoint import list_checkpoints
 from data.documents import find_files
 from data.log import MAX_SKIPPED
 from data.prepare import prepare
-from data.script import handling, new_parser, parse_args, run_script
+from data.script import handling, import_optional, new_parser, parse_args, run_script
 from data.tokens import load_meta
 from tests.peers import ROOT, missing, split_command
 from tests.report import (
@@ -543,10 +543,9 @@ class Runner:
 
 def load_plot() -> ModuleType:
     """tests/plot.py. Raises ValueError if matplotlib is missing."""
-    try:
-        from tests import plot
-    except ImportError as error:
-        raise ValueError(f"pictures need matplotlib ({error}): pip install '.[plot]'") from error
+    import_optional("matplotlib", "a picture", extra="plot")
+    from tests import plot
+
     return plot
 
 

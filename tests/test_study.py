@@ -603,7 +603,7 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "tests.plot", raising=False)
     monkeypatch.delattr("tests.plot", raising=False)
     Path("log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    with pytest.raises(ValueError, match="pictures need matplotlib"):
+    with pytest.raises(ValueError, match="a picture needs the package matplotlib"):
         study.main(["plot", "."])
     assert os.listdir() == ["log.jsonl"]
 
