@@ -277,8 +277,9 @@ def read_newest(paths: list[str]) -> dict:
         except ValueError as error:
             if path == paths[-1]:
                 raise ValueError(f"{error} (to start again, choose another --out)") from error
-            print(f"train.py: warning: {error}: going on from the checkpoint before it",
-                  file=sys.stderr)
+            if is_first():
+                print(f"train.py: warning: {error}: going on from the checkpoint before it",
+                      file=sys.stderr)
 
 
 def read_checkpoint(path: str) -> dict:
