@@ -167,8 +167,6 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
         config, checkpoint = start_from_hf(train.init, shape)
     elif train.init.endswith((".safetensors", ".json")):
         raise ValueError(f"--init {train.init}: name the folder of the model, not a file in it")
-    elif train.init and not os.path.exists(train.init):
-        raise FileNotFoundError(f"--init {train.init}: there is no such file or folder")
     elif train.init:
         config, checkpoint = start_from(train.init, shape)
     else:
