@@ -120,72 +120,6 @@ RECIPES = {
     "moe-1b-6.1b": _main,
 }  # fmt: skip
 
-# Options of nanoGPT, which many readers know, and what they are here.
-NANOGPT = {
-    "--batch_size": "--micro_batch", "--gradient_accumulation_steps": "--batch_tokens",
-    "--learning_rate": "--lr", "--max_iters": "--steps", "--eval_interval": "--eval_every",
-    "--init_from": "--resume",
-    **dict.fromkeys(("--dropout", "--dtype", "--min_lr", "--bias", "--backend"), ""),  # none here
-}  # fmt: skip
-
-
-def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
-    """Command line to (model config, training config, checkpoint to start from or None).
-
-    With --resume the run in --out goes on from its newest checkpoint, if there is one. Training
-    settings given here replace the checkpoint's; the model's cannot change. With --init the model's
-    shape comes with the weights. Raises ValueError for impossible settings.
-    """
-    configs = {name: CONFIGS[name] | RECIPES[name] for name in CONFIGS}
-    options = add_fields("train.py", __doc__, configs, "toy", (Config, TrainConfig))
-    options.add_argument("--resume", action="store_true", default=False,
-                         help="go on from the newest checkpoint in --out, if any, with its model"
-                         " and settings; the name of a config then only gives the default --out")
-    given = vars(parse_args(options, argv, NANOGPT))
-    name, resume = given.pop("config"), given.pop("resume")
-    shape = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}
-    settings = {"out": f"out/{name}", **RECIPES[name], **given}
-    if resume and (saved := list_to_resume(settings["out"])):
-        checkpoint = read_newest(saved)
-        try:
-            before = TrainConfig(**{**checkpoint["train"], "out": settings["out"]})
-        except TypeError as error:
-            raise ValueError(
-                f"the run in {settings['out']} is not of this version of train.py ({error}):"
-                " sample from it only"
-            ) from error
-        config, train = Config(**checkpoint["config"]), dataclasses.replace(before, **given)
-        fixed = {**asdict(config), "init": before.init}
-        for field, value in {**shape, "init": train.init}.items():
-            if fixed[field] != value:
-                raise ValueError(f"--{field} {value} differs from the checkpoint's"
-                                 f" {fixed[field]!r}: leave it out")
-        warn_of_a_jump(before, train, checkpoint["step"])
-        return config, train, checkpoint
-    train = TrainConfig(**settings)
-    if train.init and os.path.exists(os.path.join(train.init, "config.json")):
-        config, checkpoint = start_from_hf(train.init, shape)
-    elif train.init.endswith((".safetensors", ".json")):
-        raise ValueError(f"--init {train.init}: name the folder of the model, not a file in it")
-    elif train.init:
-        config, checkpoint = start_from(train.init, shape)
-    else:
-        config, checkpoint = Config(**{**CONFIGS[name], **shape}), None
-    if not resume:
-        check_new(train.out)
-    elif os.path.exists(os.path.join(train.out, "log.jsonl")) and is_first():
-        print(f"train.py: warning: {train.out} has a log and no checkpoint, so the run starts"
-              " again, with the settings of this command", file=sys.stderr)
-    return config, train, checkpoint
-
-
-def warn_of_a_jump(before: TrainConfig, after: TrainConfig, step: int) -> None:
-    """Say so, once, if resumed settings move the learning rate by more than a tenth."""
-    old, new = lr_at(min(step, before.steps - 1), before), lr_at(step, after)
-    if is_first() and step < after.steps and abs(new - old) > 0.1 * old:
-        print(f"train.py: warning: the learning rate goes from {old:.3g} to {new:.3g} at step"
-              f" {step + 1}, because its schedule is another one now", file=sys.stderr)
-
 
 # --------------------------------------------------------------------------------------------------
 # One update
@@ -326,6 +260,72 @@ def build_model(
 
 # --------------------------------------------------------------------------------------------------
 # The run
+
+# Options of nanoGPT, which many readers know, and what they are here.
+NANOGPT = {
+    "--batch_size": "--micro_batch", "--gradient_accumulation_steps": "--batch_tokens",
+    "--learning_rate": "--lr", "--max_iters": "--steps", "--eval_interval": "--eval_every",
+    "--init_from": "--resume",
+    **dict.fromkeys(("--dropout", "--dtype", "--min_lr", "--bias", "--backend"), ""),  # none here
+}  # fmt: skip
+
+
+def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
+    """Command line to (model config, training config, checkpoint to start from or None).
+
+    With --resume the run in --out goes on from its newest checkpoint, if there is one. Training
+    settings given here replace the checkpoint's; the model's cannot change. With --init the model's
+    shape comes with the weights. Raises ValueError for impossible settings.
+    """
+    configs = {name: CONFIGS[name] | RECIPES[name] for name in CONFIGS}
+    options = add_fields("train.py", __doc__, configs, "toy", (Config, TrainConfig))
+    options.add_argument("--resume", action="store_true", default=False,
+                         help="go on from the newest checkpoint in --out, if any, with its model"
+                         " and settings; the name of a config then only gives the default --out")
+    given = vars(parse_args(options, argv, NANOGPT))
+    name, resume = given.pop("config"), given.pop("resume")
+    shape = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}
+    settings = {"out": f"out/{name}", **RECIPES[name], **given}
+    if resume and (saved := list_to_resume(settings["out"])):
+        checkpoint = read_newest(saved)
+        try:
+            before = TrainConfig(**{**checkpoint["train"], "out": settings["out"]})
+        except TypeError as error:
+            raise ValueError(
+                f"the run in {settings['out']} is not of this version of train.py ({error}):"
+                " sample from it only"
+            ) from error
+        config, train = Config(**checkpoint["config"]), dataclasses.replace(before, **given)
+        fixed = {**asdict(config), "init": before.init}
+        for field, value in {**shape, "init": train.init}.items():
+            if fixed[field] != value:
+                raise ValueError(f"--{field} {value} differs from the checkpoint's"
+                                 f" {fixed[field]!r}: leave it out")
+        warn_of_a_jump(before, train, checkpoint["step"])
+        return config, train, checkpoint
+    train = TrainConfig(**settings)
+    if train.init and os.path.exists(os.path.join(train.init, "config.json")):
+        config, checkpoint = start_from_hf(train.init, shape)
+    elif train.init.endswith((".safetensors", ".json")):
+        raise ValueError(f"--init {train.init}: name the folder of the model, not a file in it")
+    elif train.init:
+        config, checkpoint = start_from(train.init, shape)
+    else:
+        config, checkpoint = Config(**{**CONFIGS[name], **shape}), None
+    if not resume:
+        check_new(train.out)
+    elif os.path.exists(os.path.join(train.out, "log.jsonl")) and is_first():
+        print(f"train.py: warning: {train.out} has a log and no checkpoint, so the run starts"
+              " again, with the settings of this command", file=sys.stderr)
+    return config, train, checkpoint
+
+
+def warn_of_a_jump(before: TrainConfig, after: TrainConfig, step: int) -> None:
+    """Say so, once, if resumed settings move the learning rate by more than a tenth."""
+    old, new = lr_at(min(step, before.steps - 1), before), lr_at(step, after)
+    if is_first() and step < after.steps and abs(new - old) > 0.1 * old:
+        print(f"train.py: warning: the learning rate goes from {old:.3g} to {new:.3g} at step"
+              f" {step + 1}, because its schedule is another one now", file=sys.stderr)
 
 
 def check_run(config: Config, train: TrainConfig, checkpoint: dict | None,
