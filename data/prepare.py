@@ -130,8 +130,7 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
 
     Returns its meta.json. `field` is that of the text in rows (None: "text"), `workers` the number
     of threads (None: one a core), which does not change the output. Raises ValueError or OSError
-    with a one-line message for bad input; `out` then does not exist, as after an interruption. It
-    is no error if another run makes the same folder at the same time.
+    with a one-line message for bad input; `out` then does not exist, as after an interruption.
     """
     if not 0 < val_fraction <= 0.5:
         raise ValueError(f"--val_fraction must be above 0 and at most 0.5, not {val_fraction:g}")
@@ -141,16 +140,10 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
     if is_taken(out):
         raise FileExistsError(f"{out} already exists: choose another --out")
     encoding = load_tokenizer(tokenizer)
-    text, path = b"", Path(out, "meta.json")
-    try:
-        with naming(out), new_folder(out) as folder:
-            meta = write_data(folder, inputs, encoding, field, val_fraction, workers)
-            text = f"{json.dumps(meta, indent=2)}\n".encode()
-            (folder / "meta.json").write_bytes(text)
-            verify_tokens(str(folder))
-    except FileExistsError:
-        if not path.is_file() or path.read_bytes() != text:  # else the same data are there by now
-            raise
+    with naming(out), new_folder(out) as folder:
+        meta = write_data(folder, inputs, encoding, field, val_fraction, workers)
+        (folder / "meta.json").write_text(f"{json.dumps(meta, indent=2)}\n")
+        verify_tokens(str(folder))
     return meta
 
 

@@ -206,7 +206,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
             if not is_taken(target):
                 raise
             raise FileExistsError(
-                f"{path} has appeared meanwhile, and is something else: choose another folder"
+                f"{path} has appeared meanwhile: use that, or choose another folder"
             ) from error
         sync_names(target.parent)
 

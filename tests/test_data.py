@@ -863,15 +863,7 @@ def meanwhile(monkeypatch, action):
     monkeypatch.setattr(os, "fsync", first)
 
 
-def test_the_later_of_two_equal_runs_uses_what_is_there(monkeypatch):
-    write_texts("in", range(100))
-    earlier = []
-    meanwhile(monkeypatch, lambda: earlier.append(prepare(["in"], "out")))
-    assert [prepare(["in"], "out")] == earlier == [load_meta("out")]
-    assert sorted(os.listdir()) == ["in", "out"]
-
-
-def test_the_later_of_two_different_runs_is_refused(monkeypatch):
+def test_the_later_of_two_runs_is_refused(monkeypatch):
     write_texts("in", range(100))
     earlier = []
     meanwhile(monkeypatch, lambda: earlier.append(prepare(["in"], "out", val_fraction=0.5)))
