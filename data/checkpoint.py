@@ -47,17 +47,17 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer, memory: dict | N
     parts = {"model": sharded.get_model_state_dict(model)}
     if optimizer.state:  # before its first update the call below would make one up
         parts["optimizer"] = sharded.get_optimizer_state_dict(model, optimizer)
-    return copy(parts, memory, keep=is_first())
+    return to_cpu(parts, memory, keep=is_first())
 
 
-def copy(tree, memory=None, keep: bool = True):
+def to_cpu(tree, memory=None, keep: bool = True):
     """A copy of nested dictionaries and lists with all their tensors: see `collect`. A process that
     does not keep it only helps to gather the tensors."""
     if isinstance(tree, dict):
         memory = memory or {}
-        return {key: copy(value, memory.get(key), keep) for key, value in tree.items()}
+        return {key: to_cpu(value, memory.get(key), keep) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [copy(value, keep=keep) for value in tree]
+        return [to_cpu(value, keep=keep) for value in tree]
     if not isinstance(tree, torch.Tensor):
         return tree
     tensor = whole(tree)
@@ -86,7 +86,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: dict
     settings = [dict(group) for group in optimizer.param_groups]
     state = checkpoint["optimizer"]
     if next(model.parameters()).device.type == "cpu":
-        state = copy(state)  # torch would keep these tensors, and with them the file they are in
+        state = to_cpu(state)  # torch would keep these tensors, and with them the file they are in
     sharded.set_optimizer_state_dict(model, optimizer, state, options=options)
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)

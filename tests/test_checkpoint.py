@@ -18,10 +18,10 @@ from data.checkpoint import (
     FORMAT,
     Saver,
     collect,
-    copy,
     load_checkpoint,
     save_checkpoint,
     start_from,
+    to_cpu,
 )
 from kha import Config, Transformer
 from tests.reference import SMALL, scramble
@@ -195,7 +195,7 @@ def test_only_the_first_process_keeps_a_copy(monkeypatch):
 
 def test_a_checkpoint_is_on_the_disk_before_the_next_takes_its_memory(tmp_path, slow_save):
     model, optimizer = trained_once()
-    before = copy(model.state_dict())
+    before = to_cpu(model.state_dict())
     checkpoint = {**tiny_checkpoint(1)[1], "val_loss": None}
     with Saver(tmp_path, start=0, best=math.inf, model=model) as saver:
         saver.save(checkpoint | saver.collect(model, optimizer))
