@@ -44,7 +44,6 @@ from data.device import (
 )
 from data.evaluation import bits_per_byte, evaluate
 from data.figures import advice_on_memory, knock_movement
-from data.hf import start_from_hf
 from data.log import Log, check_new
 from data.loss import chunked_loss
 from data.prepare import DEFAULT_DATA, find_data
@@ -287,28 +286,9 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     shape = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}
     settings = {"out": f"out/{name}", **RECIPES[name], **given}
     if resume and (saved := list_to_resume(settings["out"])):
-        checkpoint = read_newest(saved)
-        try:
-            before = TrainConfig(**{**checkpoint["train"], "out": settings["out"]})
-        except TypeError as error:
-            raise ValueError(
-                f"the run in {settings['out']} is not of this version of train.py ({error}):"
-                " sample from it only"
-            ) from error
-        config, train = Config(**checkpoint["config"]), dataclasses.replace(before, **given)
-        fixed = {**asdict(config), "init": before.init}
-        for field, value in {**shape, "init": train.init}.items():
-            if fixed[field] != value:
-                raise ValueError(f"--{field} {value} differs from the checkpoint's"
-                                 f" {fixed[field]!r}: leave it out")
-        warn_of_a_jump(before, train, checkpoint["step"])
-        return config, train, checkpoint
+        return go_on(read_newest(saved), settings["out"], shape, given)
     train = TrainConfig(**settings)
-    if train.init and os.path.exists(os.path.join(train.init, "config.json")):
-        config, checkpoint = start_from_hf(train.init, shape)
-    elif train.init.endswith((".safetensors", ".json")):
-        raise ValueError(f"--init {train.init}: name the folder of the model, not a file in it")
-    elif train.init:
+    if train.init:
         config, checkpoint = start_from(train.init, shape)
     else:
         config, checkpoint = Config(**{**CONFIGS[name], **shape}), None
@@ -317,6 +297,26 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     elif os.path.exists(os.path.join(train.out, "log.jsonl")) and is_first():
         print(f"train.py: warning: {train.out} has a log and no checkpoint, so the run starts"
               " again, with the settings of this command", file=sys.stderr)
+    return config, train, checkpoint
+
+
+def go_on(
+    checkpoint: dict, out: str, shape: dict, given: dict
+) -> tuple[Config, TrainConfig, dict]:
+    """What `parse_config` returns for a run that goes on from a checkpoint in `out`: the settings
+    are those of the checkpoint, but for the `given` ones. Raises ValueError for another `shape`."""
+    try:
+        before = TrainConfig(**{**checkpoint["train"], "out": out})
+    except TypeError as error:
+        raise ValueError(f"the run in {out} is not of this version of train.py ({error}): sample"
+                         " from it only") from error
+    config, train = Config(**checkpoint["config"]), dataclasses.replace(before, **given)
+    fixed = {**asdict(config), "init": before.init}
+    for field, value in {**shape, "init": train.init}.items():
+        if fixed[field] != value:
+            raise ValueError(f"--{field} {value} differs from the checkpoint's {fixed[field]!r}:"
+                             " leave it out")
+    warn_of_a_jump(before, train, checkpoint["step"])
     return config, train, checkpoint
 
 

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict as sharded
 
+from data.hf import start_from_hf
 from data.processes import is_first, whole
 from data.script import sync, sync_names
 from kha import Config, Transformer
@@ -335,11 +336,17 @@ def find_checkpoint(path: str) -> str:
 
 
 def start_from(path: str, changes: dict) -> tuple[Config, dict]:
-    """The Config of a new run and the checkpoint that it starts from, with the weights at `path` (a
-    file or a run's folder). `changes` are fields of the Config; new knocks are left to their start.
+    """The Config of a new run and the checkpoint that it starts from, with the weights at `path`: a
+    file, or the folder of a run or of a Qwen3 model. `changes` are fields of the Config; new knocks
+    are left to their start.
 
-    Raises ValueError if the weights do not fit these changes, and what read_checkpoint raises.
+    Raises ValueError if the weights do not fit these changes, and what read_checkpoint and
+    import_hf raise.
     """
+    if os.path.exists(os.path.join(path, "config.json")):
+        return start_from_hf(path, changes)
+    if path.endswith((".safetensors", ".json")):
+        raise ValueError(f"{path}: name the folder of the model, not a file in it")
     saved = read_checkpoint(find_checkpoint(path))
     config, weights = Config(**{**saved["config"], **changes}), saved["model"]
     with torch.device("meta"):

@@ -250,7 +250,7 @@ def test_what_is_whole_but_no_checkpoint_is_refused_in_one_line(change, tmp_path
         load_checkpoint(tmp_path)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="not a checkpoint of this project|do not fit a model"):
-        start_from(tmp_path, {})
+        start_from(str(tmp_path), {})
 
 
 def test_another_format_is_named(tmp_path):
