@@ -347,6 +347,8 @@ def start_from(path: str, changes: dict) -> tuple[Config, dict]:
         return start_from_hf(path, changes)
     if path.endswith((".safetensors", ".json")):
         raise ValueError(f"{path}: name the folder of the model, not a file in it")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"--init {path}: there is no such file or folder")
     saved = read_checkpoint(find_checkpoint(path))
     config, weights = Config(**{**saved["config"], **changes}), saved["model"]
     with torch.device("meta"):

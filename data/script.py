@@ -56,18 +56,16 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def new_parser(name: str, doc: str, **more) -> argparse.ArgumentParser:
-    """The parser of the script `name`. --help shows `doc` as it is written. Options have to be
-    written whole, so that a new one never makes an old command ambiguous."""
-    return argparse.ArgumentParser(
-        name, description=doc, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, **more,
-    )  # fmt: skip
+    """The parser of the script `name`. --help shows `doc` as it is written."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(name, description=doc, formatter_class=layout, **more)
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str],
                other_names: dict[str, str] | None = None) -> argparse.Namespace:
     """Parse `argv`. Anything wrong with it is a ValueError of one line, which names the nearest
-    known option, or what `other_names` has for an unknown one ("" for none)."""
+    known option, or what `other_names` has for an unknown one ("" for none). Options have to be
+    written whole, so that a new one never makes an old command ambiguous."""
 
     def fail(message: str) -> NoReturn:
         if message.startswith("unrecognized"):
@@ -206,7 +204,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
             if not is_taken(target):
                 raise
             raise FileExistsError(
-                f"{path} has appeared meanwhile: use that, or choose another folder"
+                f"{path} has appeared meanwhile: choose another folder"
             ) from error
         sync_names(target.parent)
 

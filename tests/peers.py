@@ -295,7 +295,7 @@ class UnsharedHeads(Heads):
     def __init__(self, n_in: int, n_head: int, head_dim: int, kind: str = "none"):
         super().__init__(n_in, n_head, head_dim)
         if kind == "linear":
-            raise ValueError("unshared has no linear knocks: use mlp or gate")
+            raise ValueError("knocks of each head's own cannot be linear: use mlp or gate")
         n_knock = 0 if kind == "none" else n_head
         # The names end as ours do, so init_weights knows them.
         own = [nn.ModuleDict({"knock": Knock(kind, head_dim)}) for _ in range(n_knock)]

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from kha import STARTS
+from tests.peers import split_command
 from tests.report import (
     Findings,
     best_runs,
@@ -97,8 +98,11 @@ def draw_losses(findings: Findings, group: str, path: Path) -> Path:
         axes.plot(tokens, middle, "o-", color=COLORS[kind], markersize=4, label=f"{kind}, {label}")
         axes.fill_between(tokens, low, high, color=COLORS[kind], alpha=0.15, linewidth=0)
 
-    kinds = [kind for kind in findings.kinds if kind.endswith(("none", "no decay"))]  # of train.py
-    found = {k: findings.results[group, k] for k in kinds if (group, k) in findings.results}
+    found = {
+        kind: runs
+        for (name, kind), runs in findings.results.items()
+        if name == group and not any(split_command(run["run"])[0] for run in runs.values())
+    }  # of train.py alone
     shared = set.intersection(*(set(runs) for runs in found.values()))
     for kind, runs in found.items():
         runs = [runs[seed] for seed in shared if runs[seed]["val_loss"] is not None]
@@ -118,8 +122,9 @@ def draw_losses(findings: Findings, group: str, path: Path) -> Path:
     unit = findings.study.unit
     top.set(ylabel=LOSS.replace("byte", unit))
     bottom.set(xlabel=f"millions of {unit}s trained on", ylabel=DIFFERENCE.replace("byte", unit))
-    top.legend()
-    bottom.legend()
+    for axes in (top, bottom):
+        if axes.get_legend_handles_labels()[0]:  # else no seed is shared, or there is no pair
+            axes.legend()
     return save(figure, path)
 
 

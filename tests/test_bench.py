@@ -148,7 +148,7 @@ def test_unshared_knocks_start_as_shared_ones_and_share_their_gradient(monkeypat
         parts = [part["knock"].get_parameter(name).grad for part in unshared.own]
         torch.testing.assert_close(p.grad, sum(parts))
         assert not torch.allclose(parts[0], parts[1])
-    with pytest.raises(ValueError, match="unshared has no linear knocks"):
+    with pytest.raises(ValueError, match="knocks of each head's own cannot be linear"):
         peers.UnsharedHeads(32, 4, 16, "linear")
 
 
@@ -199,6 +199,15 @@ def test_a_single_head_learns_the_same_whether_it_shares_or_not(data):
         report.read_log(Path(folder))[1][-1]["val_loss"] for folder in found
     )
     assert own == decay != own_no_decay == no_decay
+
+
+def test_heads_with_knocks_of_their_own_learn_otherwise(data):
+    options = f"{TINY} --lr 0.1 --prompt a --data {data} --out".split()
+    run_ruled("unshared-no-decay", *options, "own")
+    peers.ours.main([*options, "shared"])
+    own, shared = (report.read_log(Path(folder)) for folder in ("own", "shared"))
+    assert own[0][0]["loss"] == shared[0][0]["loss"]  # both start as the identity
+    assert own[1][-1]["val_loss"] != shared[1][-1]["val_loss"]
 
 
 @pytest.mark.parametrize("rule", peers.RULED)
@@ -306,6 +315,12 @@ def test_a_row_that_is_stopped_leaves_no_files(data, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         bench.main(["toy, mlp on v", "--data", str(data)])
     assert len(folders) == 1 and not folders[0].exists()
+
+
+def test_bad_data_is_one_error_before_any_row(capsys):
+    with pytest.raises(FileNotFoundError, match="no prepared data in nowhere"):
+        bench.main(["toy, mlp on v", "--data", "nowhere"])
+    assert capsys.readouterr().out == ""
 
 
 def test_unknown_names_are_refused():

@@ -18,7 +18,9 @@ from data.checkpoint import (
     FORMAT,
     Saver,
     collect,
+    list_checkpoints,
     load_checkpoint,
+    read_newest,
     save_checkpoint,
     start_from,
     to_cpu,
@@ -191,6 +193,18 @@ def test_only_the_first_process_keeps_a_copy(monkeypatch):
     assert len(kept["model"]) > 20 and set(kept["model"].values()) == {None}
     moments = [m for of_one in kept["optimizer"]["state"].values() for m in of_one.values()]
     assert len(moments) > 40 and set(moments) == {None}
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_only_the_first_process_says_that_a_run_goes_on_from_an_older_one(
+    rank, tmp_path, monkeypatch, capsys
+):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, tiny_checkpoint(step)[1])
+    (tmp_path / "step-00000002.pt").write_bytes(b"")
+    monkeypatch.setenv("RANK", rank)
+    assert read_newest(list_checkpoints(str(tmp_path)))["step"] == 1
+    assert ("going on from the checkpoint before it" in capsys.readouterr().err) == (rank == "0")
 
 
 def test_a_checkpoint_is_on_the_disk_before_the_next_takes_its_memory(tmp_path, slow_save):

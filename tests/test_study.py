@@ -527,6 +527,7 @@ def test_the_readme_shows_what_the_results_say():
 # ---- pictures
 
 
+@pytest.mark.filterwarnings("error")  # such as matplotlib's about a legend without a line
 def test_update_rewrites_tables_and_draws_pictures(monkeypatch, capsys):
     folder = Path("results")
     folder.mkdir()
@@ -554,6 +555,26 @@ def test_update_rewrites_tables_and_draws_pictures(monkeypatch, capsys):
     before = {name: (folder / name).read_bytes() for name in pictures}
     study.main(["types", "--update", "--results", "results"])
     assert before == {name: (folder / name).read_bytes() for name in pictures}
+
+
+def test_the_picture_of_gpt2_is_of_its_longest_runs_with_a_pair(monkeypatch):
+    plot, drawn = study.load_plot(), []
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.append(figure.axes))
+    gpt2, data = study.STUDIES["gpt2"], {"settings": {"batch_tokens": 10**6}}
+    short = [run for run in gpt2.runs if run.group == "82M"]
+    long = [run for run in gpt2.runs if run.group == "164M" and run.seed == 1]
+    lines = [result(run, 2.0 + 0.1 * (run.kind == "none"), **data) for run in short]
+    lines += [result(run, 1.0 + 0.3 * (run.kind == "none"), **data) for run in long]
+    for some in (lines, lines[:-1]):  # without the last line there is no long pair
+        plot.draw_study("gpt2", report.Findings(gpt2, some), Path("."))
+    expected = ((2, 1.0, -0.3), (5, 2.0, -0.1))
+    for (top, bottom), (n_kind, loss, difference) in zip(drawn, expected, strict=True):
+        assert top.get_ylabel() == "held-out loss, nats per token"
+        assert bottom.get_xlabel() == "millions of tokens trained on"
+        assert len(top.lines) == n_kind == len(bottom.lines)  # there none is the line at 0
+        lowest, last = (min(line.get_ydata()[-1] for line in axes.lines) for axes in (top, bottom))
+        assert (lowest, last) == pytest.approx((loss, difference))
+        assert {line.get_xdata()[-1] for line in top.lines} == {10}
 
 
 def test_without_a_pair_there_are_no_pictures(capsys):

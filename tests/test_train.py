@@ -569,7 +569,7 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
         ("--data DATA --out RUN --lr nan", "lr must be > 0 and < 2^63, not nan"),
         ("--data DATA --out DATA", "holds the data: choose another --out"),
         ("--init llama/model.safetensors", "name the folder of the model, not a file in it"),
-        ("--init nowhere", "no checkpoint at nowhere: train one with train.py, or name"),
+        ("--init nowhere", "--init nowhere: there is no such file or folder"),
         ("--init llama/config.json", "name the folder of the model, not a file in it"),
         ("--out BROKEN --resume", "damaged"),
         ("--out RUN --resume --n_layer 3",
