@@ -218,7 +218,7 @@ def build_model(
 ) -> tuple[Transformer, nn.Module]:
     """The model with its starting weights, and what to call for the loss: the model itself, or DDP
     around it. It is made on the device part by part. With FSDP a device holds at most one whole
-    part at a time; the rest is its share."""
+    part at a time, and of all others its share."""
     on_gpu = device.startswith("cuda")
     compiles, shard = train.compile and on_gpu, n_process > 1 and train.parallel == "fsdp"
     if compiles:
@@ -332,7 +332,7 @@ def check_run(config: Config, train: TrainConfig, checkpoint: dict | None,
               device: str) -> tuple[dict, TrainConfig]:
     """The meta.json of the data; and the settings, with the largest micro_batch, up to the given
     one, that divides a process's sequences of a batch. A checkpoint keeps the given one, because a
-    resumed run may have other processes. Raises ValueError, in one line, for what does not fit."""
+    resumed run may have more or fewer processes. Raises ValueError for what does not fit."""
     T, data, n_process = config.block_size, train.data, n_processes()
     start = checkpoint["step"] if checkpoint else 0
     # Here all processes also wait until the first one of each machine has prepared the data.
@@ -391,7 +391,7 @@ def main(argv: list[str]) -> None:
         optimizer = make_optimizer(model, train)
         if checkpoint:
             restore(model, optimizer, checkpoint)
-            checkpoint = None  # it maps its file: a deleted one would still take space
+            checkpoint = None  # else its file takes space, even when it is deleted
     log = Log(train.out, start, writes=rank == 0)
     settings |= {"tokenizer": meta["tokenizer"], "data": meta["train"]["sha256"]}
     log.begin(model, settings | {"train": asdict(train)}, device, n_process, len(tokens))
@@ -428,7 +428,7 @@ def main(argv: list[str]) -> None:
                 val_loss = sum_over_processes(share).item()
                 val_bpb = bits_per_byte(val_loss, meta["val"])
                 log.evaluation(done, val_loss, val_bpb, knock_movement(model))
-            # Not right after a skipped update, unless the run ends: the weights may be at fault.
+            # After a skipped update the weights may be at fault: then only the end of a run saves.
             if stopping or (saves and (finite or last)):
                 state = {**settings, "step": done, "val_loss": val_loss}
                 state |= {"tokenizer": tokenizer_for_checkpoint(tokenizer)}
