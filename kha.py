@@ -3,8 +3,8 @@
 Attention heads work alone until their outputs are concatenated. KHA lets them "knock" on each
 other earlier. In each layer, all heads of W^V share one small map from head_dim numbers to head_dim
 numbers, and every head goes through it right after the projection. W^Q and W^K may have such a map,
-too. It starts as the identity, so step 0 is exactly the model without it. Attention itself does not
-change, so every fast kernel still applies. Equations, tables and sections are those of the paper.
+too. Each starts as the identity, so step 0 is exactly the model without them. Attention itself does
+not change, so every fast kernel still applies. Equations, tables and sections are the paper's.
 
 Read to the end of `Transformer`: this is the method (`Knock`, `Heads`) in a decoder like Qwen3.
 Look the rest up: other attentions, knocks for other models, folding, configs, a faster kernel.
@@ -49,7 +49,7 @@ class Config:
     n_layer: int = 12  # blocks
     n_embd: int = 768  # features of a token
     n_head: int = 12  # query heads
-    n_kv_head: int = 12  # key/value heads: n_head: MHA, 1: MQA, else GQA; in MLA the latents
+    n_kv_head: int = 12  # key/value heads (n_head: MHA, 1: MQA, else GQA); in MLA latents
     head_dim: int = 64  # features of a head
     attention: str = "gqa"  # gqa, gta or mla
     kv_rank: int = 0  # MLA: features of all n_kv_head latents together; 2 latents or more are GLA
@@ -246,7 +246,7 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def init_weights(module: nn.Module, config: Config, aside: torch.Generator | None = None) -> None:
-    """Give every weight its start, in place, for a model or one of its submodules.
+    """Give every weight its start, in place, for a model or a part such as a block.
 
     Knocks at the identity (section 3.3) draw no random numbers. So with the same seed they change
     no other weight, and no output of step 0. Random knocks draw from `aside`, if given.

@@ -272,9 +272,9 @@ NANOGPT = {
 def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     """Command line to (model config, training config, checkpoint to start from or None).
 
-    With --resume the run in --out goes on from its newest checkpoint, if there is one. Training
-    settings given here replace the checkpoint's; the model's cannot change. With --init the model's
-    shape comes with the weights. Raises ValueError for impossible settings.
+    With --resume the run in --out goes on from its newest checkpoint, if there is one (`go_on`).
+    With --init the model's shape comes with the weights. Raises ValueError or OSError for what is
+    impossible.
     """
     configs = {name: CONFIGS[name] | RECIPES[name] for name in CONFIGS}
     options = add_fields("train.py", __doc__, configs, "toy", (Config, TrainConfig))
@@ -303,8 +303,9 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
 def go_on(
     checkpoint: dict, out: str, shape: dict, given: dict
 ) -> tuple[Config, TrainConfig, dict]:
-    """What `parse_config` returns for a run that goes on from a checkpoint in `out`: the settings
-    are those of the checkpoint, but for the `given` ones. Raises ValueError for another `shape`."""
+    """What `parse_config` returns for a run that goes on from a checkpoint in `out`. The training
+    settings `given` now replace the checkpoint's; the model's cannot change. Raises ValueError for
+    another `shape` or init, or for a run of another version."""
     try:
         before = TrainConfig(**{**checkpoint["train"], "out": out})
     except TypeError as error:
@@ -391,7 +392,7 @@ def main(argv: list[str]) -> None:
         optimizer = make_optimizer(model, train)
         if checkpoint:
             restore(model, optimizer, checkpoint)
-            checkpoint = None  # else its file takes space, even when it is deleted
+            checkpoint = None  # it maps its file, which would take space even if deleted
     log = Log(train.out, start, writes=rank == 0)
     settings |= {"tokenizer": meta["tokenizer"], "data": meta["train"]["sha256"]}
     log.begin(model, settings | {"train": asdict(train)}, device, n_process, len(tokens))

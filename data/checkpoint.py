@@ -340,13 +340,13 @@ def start_from(path: str, changes: dict) -> tuple[Config, dict]:
     file, or the folder of a run or of a Qwen3 model. `changes` are fields of the Config; new knocks
     are left to their start.
 
-    Raises ValueError if the weights do not fit these changes, and what read_checkpoint and
-    import_hf raise.
+    Raises ValueError for weights that do not fit these changes, FileNotFoundError if there are
+    none at `path`, and what read_checkpoint and start_from_hf raise.
     """
     if os.path.exists(os.path.join(path, "config.json")):
         return start_from_hf(path, changes)
     if path.endswith((".safetensors", ".json")):
-        raise ValueError(f"{path}: name the folder of the model, not a file in it")
+        raise ValueError(f"--init {path}: name the folder of the model, not a file in it")
     if not os.path.exists(path):
         raise FileNotFoundError(f"--init {path}: there is no such file or folder")
     saved = read_checkpoint(find_checkpoint(path))

@@ -24,9 +24,10 @@ decay. With decay they decay to zero, as all other matrices do. With to-start th
 they started: T, W^up and W^down to the identity, W^gate to zero. With slow they decay to zero, but
 their learning rate is a tenth, and so is their decay.
 
-unshared, unshared-no-decay: as decay and as train.py, with a knock of its own for each head. So the
-heads do not interact, and this is no longer KHA: it is the control that shows, beside decay or
-train.py, what the sharing does. The seed gives the same start and batches as in train.py.
+unshared, unshared-no-decay: each head has a knock of its own, which decays as in decay, or does
+not, as in train.py. So the heads do not interact, and this is no longer KHA: it is the control that
+shows, beside decay or train.py, what the sharing does. The seed gives the same start and batches as
+in train.py, unless knocks start at random.
 """
 
 import importlib.util

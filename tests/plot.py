@@ -35,7 +35,6 @@ COLORS = {
     "mlp on v, decay to the start": "#0072b2",
     "mlp on v, slow": "#009e73",
     "mlp on v, one for each head": "#009e73",
-    "mlp on v, one for each head, no decay": "#009e73",
 }
 LOSS = "held-out loss, nats per byte"
 DIFFERENCE = "difference to no knocks, nats per byte"
@@ -63,7 +62,8 @@ def save(figure: plt.Figure, path: Path) -> Path:
 
 
 def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
-    """All pictures of a study, in a folder of results: none without a pair, and none of `toy`."""
+    """All pictures of a study, in a folder of results: none without a pair, and none of `toy`. That
+    of `gpt2` shows its last group with a pair, which has the longest runs."""
     kinds = findings.kinds
     paired = [g for g in findings.groups if any(findings.differences(g, kind) for kind in kinds)]
     if name == "toy" or not paired:  # the table of toy has two rows, and says as much

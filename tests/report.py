@@ -39,7 +39,7 @@ class Study(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """Of what losses are the mean: byte or token."""
+        """What a loss is the mean over: byte or token."""
         return "byte" if self.tokenizer == "byte" else "token"
 
 

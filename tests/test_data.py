@@ -866,7 +866,7 @@ def meanwhile(monkeypatch, action):
 def test_the_later_of_two_runs_is_refused(monkeypatch):
     write_texts("in", range(100))
     earlier = []
-    meanwhile(monkeypatch, lambda: earlier.append(prepare(["in"], "out", val_fraction=0.5)))
+    meanwhile(monkeypatch, lambda: earlier.append(prepare(["in"], "out")))
     with pytest.raises(FileExistsError, match="out has appeared meanwhile.* another folder"):
         prepare(["in"], "out")
     meanwhile(monkeypatch, lambda: write_texts("notes", [1]))

@@ -64,7 +64,7 @@ def test_the_headline_is_what_the_results_say():
     first, last = (round(100 * share) for share in (min(shares), max(shares)))
     assert len(pairs) == 3 and (
         f"`gpt2`, on 164M tokens of Python source, ends at {ours:.3f} nats a token instead of"
-        f" {none:.3f}, {lower} lower, and is at {none:.3f} after {first} to {last}% of the updates"
+        f" {none:.3f}, {lower} lower, and is as low as that after {first} to {last}% of the updates"
     ) in prose
     long = found("tokens").differences("1B", "mlp on v, no decay")
     assert f"After 1B bytes `small` gains {shown(long)}, " in prose
