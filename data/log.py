@@ -150,7 +150,8 @@ class Log:
         seconds = self.flops_per_token * self.batch_tokens / 1e11  # about what two CPU cores need
         if device == "cpu" and seconds > 60:
             minutes = f"{seconds / 60:,.0f} minutes"
-            self.say(f"this is for a GPU: two CPU cores need about {minutes} for an update")
+            self.say(f"this is for a GPU: two CPU cores need about {minutes} for an update, and much"
+                     f" memory; --batch_tokens {model.config.block_size} --micro_batch 1 needs less")
 
     def update(
         self, step: int, lr: float, arrive: Callable[[], tuple[list, Moment]]
