@@ -149,9 +149,9 @@ class Log:
         )  # fmt: skip
         seconds = self.flops_per_token * self.batch_tokens / 1e11  # about what two CPU cores need
         if device == "cpu" and seconds > 60:
-            minutes = f"{seconds / 60:,.0f} minutes"
-            self.say(f"this is for a GPU: two CPU cores need about {minutes} for an update, and much"
-                     f" memory; --batch_tokens {model.config.block_size} --micro_batch 1 needs less")
+            minutes, least = seconds / 60, model.config.block_size * n_process
+            self.say(f"this is for a GPU: two CPU cores need about {minutes:,.0f} minutes and much"
+                     f" memory for an update, less with --batch_tokens {least} --micro_batch 1")
 
     def update(
         self, step: int, lr: float, arrive: Callable[[], tuple[list, Moment]]

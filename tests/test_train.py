@@ -285,7 +285,9 @@ def test_on_a_cpu_a_run_says_that_it_is_for_a_gpu(batch_tokens, says, tmp_path, 
     settings = dataclasses.asdict(settings) | {"batch_tokens": batch_tokens}
     log = Log(str(tmp_path), 0)
     log.begin(Transformer(config), {"train": settings}, "cpu", n_process=1, n_tokens=1)
-    assert ("for a GPU: two CPU cores need about" in capsys.readouterr().out) == says
+    said = capsys.readouterr().out
+    assert ("for a GPU: two CPU cores need about" in said) == says
+    assert ("less with --batch_tokens 32 --micro_batch 1" in said) == says
 
 
 def test_the_time_of_evaluations_and_checkpoints_is_not_that_of_updates(
