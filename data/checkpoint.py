@@ -252,8 +252,9 @@ def way_on(folder: str) -> str:
 def check_none_newer(folder: str, step: int) -> None:
     """Raises ValueError if a run's folder holds a whole checkpoint after `step` (0 for a new run).
     Then another run has saved it since this one looked for checkpoints."""
-    for path in list_checkpoints(folder):
-        if os.path.basename(path) <= f"step-{step:08d}.pt":
+    for path in list_to_resume(folder):
+        name = os.path.basename(path)
+        if step and (name == "best.pt" or name <= f"step-{step:08d}.pt"):
             return  # it is not newer, nor are those after it
         try:
             found = read_checkpoint(path)["step"]

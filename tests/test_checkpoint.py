@@ -17,6 +17,7 @@ import torch
 from data.checkpoint import (
     FORMAT,
     Saver,
+    check_none_newer,
     collect,
     list_checkpoints,
     load_checkpoint,
@@ -205,6 +206,15 @@ def test_only_the_first_process_says_that_a_run_goes_on_from_an_older_one(
     monkeypatch.setenv("RANK", rank)
     assert read_newest(list_checkpoints(str(tmp_path)))["step"] == 1
     assert ("going on from the checkpoint before it" in capsys.readouterr().err) == (rank == "0")
+
+
+def test_a_new_run_does_not_replace_a_best_checkpoint_that_stands_alone(tmp_path):
+    """As it does while another run's first checkpoint gets its names: best.pt comes first."""
+    save_checkpoint(tmp_path, tiny_checkpoint(1)[1])
+    (tmp_path / "step-00000001.pt").rename(tmp_path / "best.pt")
+    with pytest.raises(ValueError, match="another run has saved .*best.pt"):
+        check_none_newer(str(tmp_path), 0)
+    check_none_newer(str(tmp_path), 1)  # a run that goes on from it
 
 
 def test_a_checkpoint_is_on_the_disk_before_the_next_takes_its_memory(tmp_path, slow_save):
