@@ -62,11 +62,10 @@ def save(figure: plt.Figure, path: Path) -> Path:
 
 
 def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
-    """All pictures of a study, in a folder of results: none without a pair, and none of `toy`. That
-    of `gpt2` shows its last group with a pair, which has the longest runs."""
-    kinds = findings.kinds
-    paired = [g for g in findings.groups if any(findings.differences(g, kind) for kind in kinds)]
-    if name == "toy" or not paired:  # the table of toy has two rows, and says as much
+    """All pictures of a study, in a folder of results. Without a pair there are none. That of
+    `gpt2` shows its last group with a pair, which has the longest runs."""
+    rows = findings.rows()
+    if not rows:
         return []
     if name == "stability":
         return [draw_rates(findings, folder / "stability.svg")]
@@ -75,8 +74,10 @@ def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
     if name == "time_to_loss":
         return [draw_times(findings, folder / "time_to_loss.svg")]
     if name == "gpt2":
-        return [draw_losses(findings, paired[-1], folder / "gpt2.svg")]
-    paths = [draw_differences(findings, folder / f"{name}.svg")]
+        return [draw_losses(findings, rows[-1][0], folder / "gpt2.svg")]
+    paths = []
+    if len(rows) > 1:  # the table says as much as a picture of one row
+        paths.append(draw_differences(findings, folder / f"{name}.svg"))
     if name == "types":
         paths.append(draw_losses(findings, "", folder / "loss.svg"))
         matrices = {}
@@ -150,8 +151,7 @@ def draw_differences(findings: Findings, path: Path) -> Path:
     """The difference to the baseline, a row for each group and kind: pairs as dots, their mean and
     its 95% interval as a bar. All such pictures have the same range."""
     figure, axes = plt.subplots()
-    rows = [(group, kind) for group in findings.groups for kind in findings.kinds]
-    rows = [row for row in rows if findings.differences(*row)]
+    rows = findings.rows()
     for y, (group, kind) in enumerate(rows):
         differences = findings.differences(group, kind)
         draw_interval(axes, y, differences, COLORS[kind], upright=False)

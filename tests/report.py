@@ -195,6 +195,11 @@ class Findings:
         """The held-out losses of a kind less those of its baselines."""
         return [one["val_loss"] - two["val_loss"] for one, two in self.pairs(group, kind)]
 
+    def rows(self) -> list[tuple[str, str]]:
+        """Each group and kind that has a difference, group by group."""
+        every = [(group, kind) for group in self.groups for kind in self.kinds]
+        return [row for row in every if self.differences(*row)]
+
     def course(self, group: str, kind: str) -> dict[int, list[float]]:
         """The differences at each evaluation where both losses are finite, by the tokens until
         then."""
