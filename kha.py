@@ -88,7 +88,7 @@ class Knock(nn.Module):
         none     x_i                                                eq. 1-3
         linear   x_i t                                              eq. 5-7: the paper's T
         mlp      2 (x_i W^up * sigmoid(x_i W^gate)) W^down          eq. 9
-        gate     2 x_i * sigmoid(x_i W^gate)                        Table 2, where it harms
+        gate     2 x_i * sigmoid(x_i W^gate)                        Table 2: harms there, not here
 
     No head reads another's numbers. The heads interact because all of them train these shared D x D
     matrices. At the start the knock returns x_i, bit for bit: t, W^up and W^down are the identity,
@@ -110,7 +110,7 @@ class Knock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Every head of x (..., H, D) on its own: the same shape."""
         if self.kind == "linear":
-            return x @ self.t.to(x.dtype)  # `Heads` has t in its weight, and does not come here
+            return x @ self.t.to(x.dtype)  # in other models: `Heads` multiplies t into its weight
         if self.kind == "mlp":
             up, gate, down = self.up.to(x.dtype), self.gate.to(x.dtype), self.down.to(x.dtype)
             if can_fuse(x):
@@ -145,7 +145,7 @@ class Heads(nn.Module):
 def absorb(weight: Tensor, t: Tensor) -> Tensor:
     """Eq. 8: W_i t for every head i of a transposed weight (H * D, n_in): the same shape."""
     heads = weight.unflatten(0, (-1, len(t)))  # (H, D, n_in)
-    return (t.mT.to(weight.dtype) @ heads).flatten(0, 1)
+    return (t.mT.to(weight.dtype) @ heads).flatten(0, 1)  # (W_i t)^T = t^T W_i^T
 
 
 class Linear(nn.Linear):
@@ -208,7 +208,7 @@ class GQA(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         C, D = config.n_embd, config.head_dim
-        self.wo = Linear(config.n_head * D, C)  # first: init_weights draws in this order
+        self.wo = Linear(config.n_head * D, C)  # first: a seed then gives the same weights as ever
         self.wq = Heads(C, config.n_head, D, config.knock_q)
         self.wk = Heads(C, config.n_kv_head, D, config.knock_k)
         self.wv = Heads(C, config.n_kv_head, D, config.knock_v)
@@ -270,7 +270,7 @@ def init_weights(module: nn.Module, config: Config, aside: torch.Generator | Non
 class Transformer(nn.Module):
     """The decoder. `compute_dtype` is that of activations (None: that of the weights). With
     `recompute` the backward pass computes each block again, instead of keeping its activations.
-    `loss`, a function of (normed x, output weight, targets), replaces forward's: see data/loss.py.
+    `loss(normed x, output weight, targets)`, if given, computes forward's loss: see data/loss.py.
     """
 
     def __init__(self, config: Config, compute_dtype=None, recompute=False, loss=None):

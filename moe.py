@@ -104,15 +104,15 @@ class MoE(nn.Module):
         x = x.reshape(-1, shape[-1])  # (N, C)
         chosen, weights = self.route(x)
         if not self.training and chosen.numel() < self.n_expert:
-            # Sampling: not all experts are needed, so read the matrices of the chosen ones only.
+            # A shortcut when few tokens are sampled: read the matrices of chosen experts only.
             h = x[:, None, None] @ self.experts_up[chosen].to(x.dtype)  # (N, K, 1, 2F)
             h = (swiglu(h) * weights[..., None, None]).to(x.dtype)  # (N, K, 1, F)
             return (h @ self.experts_down[chosen].to(x.dtype)).sum(1).view(shape)
 
         # Slot n*K + j is choice j of token n. Sorted by expert, the slots of an expert are
         # neighbours: one grouped matmul runs all experts, with any number of tokens each.
-        index = torch.int16 if self.n_expert <= 2**15 else torch.int32  # 16 bits sort faster
-        sorted_expert, order = chosen.flatten().to(index).sort(stable=True)  # (N*K,)
+        dtype = torch.int16 if self.n_expert <= 2**15 else torch.int32  # 16 bits sort faster
+        sorted_expert, order = chosen.flatten().to(dtype).sort(stable=True)  # (N*K,)
         slots = torch.arange(len(order), device=x.device)
         inverse = torch.empty_like(order).scatter_(0, order, slots)  # argsort, without a sort
         experts = torch.arange(self.n_expert, dtype=sorted_expert.dtype, device=x.device)
