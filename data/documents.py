@@ -165,7 +165,7 @@ def open_source(name: str, path: Path, field: str, found: bool = False) -> Sourc
     if kind in (".jsonl", ".ndjson", ".json"):
         rows = read_jsonl(path)
     elif kind == ".csv":
-        rows = read_csv(path)
+        rows = read_csv(path, field)
     elif kind == ".parquet":
         rows = read_parquet(path, field)
     return Source(name, path, rows, found)
@@ -179,14 +179,18 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str] | csv.Error]]:
+def read_csv(path: Path, field: str) -> Iterator[tuple[int, dict[str, str] | csv.Error]]:
     """The rows after the first, which names the fields, each with the number of its last line. In
-    place of a row with text after the named fields, an error. Raises csv.Error for a wrong quote:
-    what follows it may be cut anywhere."""
+    place of a row with text after the named fields, an error. Raises csv.Error for a wrong quote in
+    a file that has the `field`: what follows it may be cut anywhere."""
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than many a text
     # surrogateescape: bytes that are not UTF-8 make their own row a bad one, and no other
-    with io.TextIOWrapper(open_file(path), "utf-8-sig", "surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, strict=True)  # else a wrong quote would change the text
+    how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+    with io.TextIOWrapper(open_file(path), **how) as file:
+        has_field = field in next(csv.reader(file), [])
+    with io.TextIOWrapper(open_file(path), **how) as file:
+        # strict, or a wrong quote would change the text; a file without the field has none
+        reader = csv.DictReader(file, strict=has_field)
         try:
             for row in reader:
                 extra = row.pop(None, [])
@@ -267,7 +271,10 @@ def reading(source: Source) -> Iterator[None]:
     except (EOFError, zlib.error, csv.Error, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # of the system, not of what is read
             raise
-        raise ValueError(f"{source.name} is damaged, fetch it again: {error}") from error
+        advice = "is damaged, fetch it again"
+        if "too much memory" in str(error):  # pyarrow unpacks windows of at most 128 MiB
+            advice = "was packed with zstd --long: unpack it, or pack it again without"
+        raise ValueError(f"{source.name} {advice}: {error}") from error
 
 
 def read_text(source: Source, left_out: LeftOut) -> Iterator[Document]:

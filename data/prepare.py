@@ -173,6 +173,7 @@ def write_data(folder: Path, inputs: list[str], encoding: Tokenizer, field: str 
             "sources": inputs or [stdlib], "val_fraction": val_fraction,
             "skipped_files": left_out.skipped_files, "skipped_rows": left_out.skipped_rows,
             "skipped_file_examples": [*left_out.file_examples.values()],
+            "skipped_row_examples": [*left_out.row_examples],
             "dropped_documents": left_out.dropped_documents, **splits}
 
 
@@ -214,8 +215,8 @@ def main(argv: list[str]) -> None:
               f"{meta['tokenizer']} tokens, {counts['bytes']:,} bytes of text")
     print(f"skipped {meta['skipped_files']:,} files without text and {meta['skipped_rows']:,} bad "
           f"rows; dropped {meta['dropped_documents']:,} duplicate or empty documents")
-    if meta["skipped_file_examples"]:
-        print(f"skipped are, for example, {'; '.join(meta['skipped_file_examples'])}")
+    if examples := meta["skipped_file_examples"] + meta["skipped_row_examples"]:
+        print(f"skipped are, for example, {'; '.join(examples)}")
     if (shorter := min(meta[split]["tokens"] for split in SPLITS)) < SEQUENCE:
         print(f"prepare.py: warning: with so little text, train.py needs --block_size "
               f"{shorter - 1} or less", file=sys.stderr)

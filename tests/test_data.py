@@ -132,7 +132,7 @@ def test_the_script_says_what_it_has_done(capsys):
                         f" {n['bytes']:,} bytes of text")
     assert skipped.startswith("skipped 3 files without text and 1 bad rows; dropped 7 duplicate")
     which = "'in/a.png': not UTF-8 text; 'in/z.csv': no text in the field 'text'"
-    assert examples == f"skipped are, for example, {which}"
+    assert examples.startswith(f"skipped are, for example, {which}; in/rows.jsonl:")
     assert wrote == "wrote out"
 
 
@@ -448,8 +448,9 @@ def test_files_of_rows(server, ending, inside):
     write_rows(f"www/a{ending}", TEXTS, "body")
     path = place(ending, inside, server.replace("http", "HTTP"))
     query = "?download=1" if inside == "url" else ""
-    prepare([path + query], "out", field="body")
-    assert all_documents() == sorted(TEXTS)
+    write("www/b.txt", "plain text\n")  # --field does not forbid it
+    prepare([path + query, "www/b.txt"], "out", field="body")
+    assert all_documents() == sorted([*TEXTS, "plain text\n"])
 
 
 @pytest.mark.parametrize("ending", [".txt", ".TXT.GZ", ".txt.zst", "", ".jsonl.txt"])
@@ -500,6 +501,13 @@ def test_what_a_csv_may_hold():
     assert all_documents() == sorted(texts)
 
 
+def test_a_csv_without_text_may_hold_any_quotes():
+    """In a folder it is skipped, and does not stop the others."""
+    write_texts("in", [1, 2])
+    write("in/a.csv", b'name,note\nx,"a"b\ny,"z\n')
+    assert prepare(["in"], "out")["skipped_files"] == 1
+
+
 @pytest.mark.parametrize("bad", [r'"He said \"hi, you\" there"', '"one "two"\nthree, four"'])
 def test_a_csv_with_a_wrong_quote_is_damaged(bad):
     """Python would read the first text as: He said \\hi. After it, rows may begin anywhere."""
@@ -548,7 +556,8 @@ def rows_with(bad, n):
 def test_bad_rows_are_skipped_and_counted(capsys):
     write("a.jsonl", rows_with(BAD_ROWS, 1200))
     main(["a.jsonl", "--out", "out"])
-    assert " 12 bad rows" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert " 12 bad rows" in output and "skipped are, for example, a.jsonl:" in output
     assert load_meta("out")["skipped_rows"] == 12
     assert len(all_documents()) == 1188
 
@@ -734,6 +743,14 @@ def test_a_damaged_file_is_named(ending, folder):
         with pytest.raises(ValueError, match=rf"a\{ending} is damaged, fetch it again"):
             prepare(["in" if folder else path], "out")
     assert os.listdir() == ["in"]
+
+
+def test_a_file_that_zstd_packed_with_long_is_not_called_damaged():
+    pytest.importorskip("pyarrow")
+    # A frame of zstd that asks for a window of 2 GiB, and holds "hello" as it is.
+    write("a.txt.zst", bytes.fromhex("28b52ffd 00 a8 290000") + b"hello")
+    with pytest.raises(ValueError, match="a.txt.zst was packed with zstd --long"):
+        prepare(["a.txt.zst"], "out")
 
 
 @pytest.mark.parametrize("reading", [1, 2])

@@ -30,7 +30,7 @@ KINDS = {
     "mlp": dict(knock_v="mlp"),
     "gate": dict(knock_v="gate"),
     "all": dict(knock_q="mlp", knock_k="gate", knock_v="mlp"),
-    "mixed": dict(knock_q="linear", knock_k="mlp", knock_v="linear"),
+    "mixed": dict(knock_q="linear", knock_k="mlp", knock_v="linear", tie_embeddings=False),
 }
 
 
@@ -95,6 +95,7 @@ def test_transformers_computes_what_we_exported(kind, heads, experts, stock, byt
     prefix = "KHA" if code else ""
     assert type(loaded).__name__ == f"{prefix}{stock}ForCausalLM"
     assert loaded.config.eos_token_id == loaded.config.bos_token_id == 256
+    assert loaded.config.tie_word_embeddings == model.config.tie_embeddings
     assert not any(report.values())
     with safetensors.safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}  # transformers 4 asks for it

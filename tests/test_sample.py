@@ -162,6 +162,10 @@ def test_characters_of_several_bytes_are_written_whole(model, capsys):
     assert prompts == [[[256]]] * 2  # an empty prompt is the start of a document
     write_samples(parrot, load_tokenizer("byte"), "<|endoftext|>", max_new_tokens=1)
     assert prompts[-1] == [list(b"<|endoftext|>")]  # in a prompt it is text, as in a document
+    ids.extend([256, *b"not written"])  # 256 ends the text
+    capsys.readouterr()
+    write_samples(parrot, load_tokenizer("byte"), "", 2, max_new_tokens=len(ids), temperature=0)
+    assert capsys.readouterr().out == f"--- 1 of 2 ---\n{text}\n--- 2 of 2 ---\n{text}\n"
 
 
 def test_the_script_writes_samples(model, run_here):
@@ -228,7 +232,10 @@ def test_of_little_text_all_is_measured(whole, tmp_path, capsys):
     prepare([str(tmp_path / "a.txt")], str(tmp_path / "data"))
     n = load_meta(tmp_path / "data")["val"]["tokens"]
     main(["--checkpoint", str(whole), "--device", "cpu", "--evaluate", str(tmp_path / "data")])
-    assert f"({n - 1} of {n} held-out tokens of " in capsys.readouterr().out and n < 32
+    output, (model, _) = capsys.readouterr().out, load_checkpoint(whole)
+    ids = torch.tensor([open_tokens(tmp_path / "data", "val").tolist()])
+    assert output.startswith(f"{model.eval()(ids[:, :-1], ids[:, 1:]):.4f} nats per token, ")
+    assert f"({n - 1} of {n} held-out tokens of " in output and n < 32
 
 
 def test_data_that_have_changed_are_not_measured(whole, data, tmp_path, capsys):
