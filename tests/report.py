@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.checkpoint import list_checkpoints, read_checkpoint
+from data.checkpoint import list_checkpoints, list_to_resume, read_checkpoint
 
 
 class Run(NamedTuple):
@@ -94,7 +94,7 @@ def knock_figures(knocks: dict[str, list[float]]) -> dict[str, list]:
 def knock_matrices(folder: Path | str) -> dict[str, np.ndarray]:
     """The knock matrices in a run's newest checkpoint, each (head_dim, head_dim), float16 in
     steps of 1/256: more than a picture shows, and small when compressed."""
-    weights = read_checkpoint(list_checkpoints(str(folder))[0])["model"]
+    weights = read_checkpoint(list_to_resume(str(folder))[0])["model"]
     knocks = {name: p for name, p in weights.items() if "knock" in name}
     return {name: ((p * 256).round() / 256).half().numpy() for name, p in knocks.items()}
 
