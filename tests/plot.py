@@ -9,7 +9,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from kha import STARTS
-from tests.peers import split_command
 from tests.report import (
     Findings,
     best_runs,
@@ -27,7 +26,7 @@ COLORS = {
     "linear on q, k, v": "#56b4e9",
     "mlp on q, k, v": "#e69f00",
     "mlp on v, random start": "#009e73",
-    "nanoGPT": "#882255",
+    "nanoGPT": "#0072b2",
     "linear on v, no decay": "#0072b2",
     "mlp on v, no decay": "#882255",
     "gate on v, no decay": "#cc79a7",
@@ -35,6 +34,7 @@ COLORS = {
     "mlp on v, decay to the start": "#0072b2",
     "mlp on v, slow": "#009e73",
     "mlp on v, one for each head": "#009e73",
+    "mlp on v, one for each head, no decay": "#009e73",
 }
 LOSS = "held-out loss, nats per byte"
 DIFFERENCE = "difference to no knocks, nats per byte"
@@ -63,7 +63,7 @@ def save(figure: plt.Figure, path: Path) -> Path:
 
 def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
     """All pictures of a study, in a folder of results. Without a pair there are none. That of
-    `gpt2` shows its last group with a pair, which has the longest runs."""
+    `gpt2` shows its first group with a pair, which has the most kinds of knock."""
     rows = findings.rows()
     if not rows:
         return []
@@ -74,7 +74,7 @@ def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
     if name == "time_to_loss":
         return [draw_times(findings, folder / "time_to_loss.svg")]
     if name == "gpt2":
-        return [draw_losses(findings, rows[-1][0], folder / "gpt2.svg")]
+        return [draw_losses(findings, rows[0][0], folder / "gpt2.svg")]
     paths = []
     if len(rows) > 1:  # the table says as much as a picture of one row
         paths.append(draw_differences(findings, folder / f"{name}.svg"))
@@ -91,7 +91,8 @@ def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
 
 def draw_losses(findings: Findings, group: str, path: Path) -> Path:
     """Held-out loss of a group against tokens, with the range of the seeds as a band, of the seeds
-    that all kinds have; below it the difference to no knocks, with its 95% interval as a band."""
+    that all kinds have; below it the difference to no knocks, with its 95% interval as a band.
+    Knocks that decay are left out."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6.5), sharex=True)
 
     def draw(axes: plt.Axes, kind: str, tokens: np.ndarray, middle: np.ndarray, low: np.ndarray,
@@ -102,8 +103,8 @@ def draw_losses(findings: Findings, group: str, path: Path) -> Path:
     found = {
         kind: runs
         for (name, kind), runs in findings.results.items()
-        if name == group and not any(split_command(run["run"])[0] for run in runs.values())
-    }  # of train.py alone
+        if name == group and (kind == "none" or kind.endswith("no decay"))
+    }
     shared = set.intersection(*(set(runs) for runs in found.values()))
     for kind, runs in found.items():
         runs = [runs[seed] for seed in shared if runs[seed]["val_loss"] is not None]

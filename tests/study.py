@@ -12,7 +12,7 @@ line in tests/results/STUDY.jsonl, of the study that did it, and no study repeat
 stopped leaves no line, and goes on from its checkpoint if that is still there.
 
 The study time_to_loss compares two projects: GPT-2 124M as nanoGPT trains it and as ours does, on
-the same tokens, with the same batch and number of updates, each with its better of two learning
+the same tokens, with the same batch and number of updates, each with its best of three learning
 rates. It asks after how many seconds of training ours has reached the held-out loss at which
 nanoGPT ends. Not only the knocks differ, so ours is there without them, too.
 """
@@ -43,7 +43,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.checkpoint import list_checkpoints
+from data.checkpoint import list_to_resume
 from data.documents import find_files
 from data.log import MAX_SKIPPED
 from data.prepare import prepare
@@ -174,7 +174,7 @@ HEADS = {
     "12 × 64": small(),
     "6 × 128": small("--n_head 6 --n_kv_head 2 --head_dim 128"),
 }
-GPT2_RATES = {f"{lr:g}": gpt2(lr) for lr in (6e-4, 1.2e-3)}
+GPT2_RATES = {f"{lr:g}": gpt2(lr) for lr in (3e-4, 6e-4, 1.2e-3)}
 STUDIES = {
     "stability": Study(
         "learning rate",
@@ -230,7 +230,7 @@ STUDIES = {
     "time_to_loss": Study(
         "learning rate",
         [Run(lr, "nanoGPT", 1, f"nanoGPT {options}") for lr, options in GPT2_RATES.items()]
-        + grid(GPT2_RATES, PAIR, range(1, 2)),
+        + grid(GPT2_RATES, BOTH, range(1, 2)),
         tokenizer="gpt2",
     ),
 }
@@ -581,7 +581,7 @@ def draw_runs(folders: list[str]) -> None:
             raise FileNotFoundError(f"no log.jsonl with updates in {folder}: name a run's folder")
     print(f"wrote {plot.draw_logs(logs, Path(folders[0], 'loss.png'))}")
     for folder in folders:
-        matrices = knock_matrices(folder) if list_checkpoints(folder) else {}
+        matrices = knock_matrices(folder) if list_to_resume(folder) else {}
         if matrices:
             print(f"wrote {plot.draw_matrices(matrices, Path(folder, 'knocks.png'))}")
 

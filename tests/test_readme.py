@@ -1,4 +1,4 @@
-"""The claims of README.md and BENCHMARKS.md that a machine can check."""
+"""The claims of README.md, BENCHMARKS.md and results/README.md that a machine can check."""
 
 import re
 from statistics import fmean
@@ -9,7 +9,7 @@ import torch
 from data.figures import count_params, memory_per_gpu
 from kha import CONFIGS, Config, Transformer
 from tests.peers import ROOT
-from tests.report import by_data, interval, passing_step, read_results
+from tests.report import by_data, difference_cells, interval, passing_step, read_results
 from tests.study import RESULTS, STUDIES
 
 README = (ROOT / "README.md").read_text()
@@ -21,25 +21,23 @@ def test_the_reading_guide_names_what_is_there(name, file):
     assert re.search(rf"^\s*(class |def )?{name}\b", (ROOT / file).read_text(), re.MULTILINE)
 
 
-def test_the_differences_in_the_table_are_those_of_the_studies():
-    found = r"([+−]\d\.\d+ ± \d\.\d+)"
-    results = (ROOT / "tests" / "results" / "README.md").read_text()
+MLP = "mlp on v, no decay"
+SMALL = "`small`, 4 value heads of 12, mlp on v, 250M bytes of Python source"
 
-    def rows(study, name):
-        """The rows of a study's table of which the first cells match `name`."""
-        table = results.split(f"<!-- study {study} -->")[1].split("<!-- end -->")[0]
-        return sorted(re.findall(rf"^\| {name} \| .* {found} \| (\d+) \|$", table, re.M))
 
-    def shown(name):
-        return sorted(re.findall(rf"{name}: {found} \((\d+) pairs\)", README))
-
-    mlp = r" \| mlp on v, no decay"
-    assert shown(r"(\d+M of \d+M|\d+M, dense)") == rows("sizes", rf"(\w[^|]*){mlp}")
-    assert shown(r"runs of (\w+) bytes") == rows("tokens", rf"(\w+){mlp}")
-    assert shown(r"(\d+) of 12") == rows("kv_heads", rf"(\d+){mlp}")
-    assert shown(r"(?:source|manuals), (\w+) tokens") == rows("gpt2", rf"(\w+){mlp}")
-    kinds = r"([^|]+, no decay|linear on q, k, v|mlp on v, random start)"
-    assert shown(r"(\w+ on [^>:|]+)") == rows("types", kinds)
+@pytest.mark.parametrize("row,study,data,group,kind", [
+    ("`gpt2`, mlp on v, 82M tokens of Python source", "gpt2", 0, "82M", MLP),
+    ("`gpt2`, mlp on v, one for each head, 82M tokens of Python source", "gpt2", 0, "82M",
+     "mlp on v, one for each head, no decay"),
+    ("`gpt2`, mlp on v, 82M tokens of English books and manuals", "gpt2", 1, "82M", MLP),
+    (SMALL, "types", 0, "", MLP),
+    ("the same with 12 value heads", "kv_heads", 0, "12", MLP),
+    ("the same with 1 value head", "kv_heads", 0, "1", MLP),
+])  # fmt: skip
+def test_a_row_of_results_is_what_its_study_says(row, study, data, group, kind):
+    found = by_data(study, STUDIES[study], read_results(RESULTS))[data]
+    difference, n = difference_cells(found.differences(group, kind))
+    assert f"| {row} | {difference} nats a {found.study.unit} | {n} |\n" in README
 
 
 def test_the_headline_is_what_the_results_say():
@@ -54,16 +52,16 @@ def test_the_headline_is_what_the_results_say():
         return f"{sign * mean:.4f} ± {half:.4f}"
 
     sizes = found("sizes")
-    pairs = [sizes.differences(group, "mlp on v, no decay") for group in sizes.groups]
+    pairs = [sizes.differences(group, MLP) for group in sizes.groups]
     complete = [differences for differences in pairs if len(differences) == 3]
     assert len(complete) == 6 and max(map(max, complete)) < 0
     by_seed = [sum(seed) / len(seed) for seed in zip(*complete, strict=True)]
     assert f"experts, end {shown(by_seed)} nats a byte lower" in prose
-    mlp, texts = "mlp on v, no decay", by_data("gpt2", STUDIES["gpt2"], results)
-    gpt2 = [text.differences(group, mlp) for text in texts for group in text.groups]
+    texts = by_data("gpt2", STUDIES["gpt2"], results)
+    gpt2 = [text.differences(group, MLP) for text in texts for group in text.groups]
     every = [difference for some in (*complete, *gpt2) for difference in some]
     assert max(every) < 0 and f"All {len(every)} pairs of the MLP without decay in" in details
-    pairs, lower = texts[0].pairs("164M", mlp), shown(texts[0].differences("164M", mlp))
+    pairs, lower = texts[0].pairs("164M", MLP), shown(texts[0].differences("164M", MLP))
     ours, none = (fmean(run["val_loss"] for run in runs) for runs in zip(*pairs, strict=True))
     shares = [passing_step(a, b["val_loss"]) / a["settings"]["steps"] for a, b in pairs]
     first, last = (round(100 * share) for share in (min(shares), max(shares)))
@@ -71,14 +69,16 @@ def test_the_headline_is_what_the_results_say():
         f"`gpt2`, on 164M tokens of Python source, ends at {ours:.3f} nats a token instead of"
         f" {none:.3f}, {lower} lower, and is as low as that after {first} to {last}% of the updates"
     ) in prose
-    long = found("tokens").differences("1B", "mlp on v, no decay")
+    one, own = (texts[0].results["82M", f"mlp on v{more}, no decay"]
+                for more in ("", ", one for each head"))
+    apart = [one[seed]["val_loss"] - own[seed]["val_loss"] for seed in own]
+    assert f"and {shown(apart)} worse than with one knock for all heads" in details
+    long = found("tokens").differences("1B", MLP)
     assert f"After 1B bytes `small` gains {shown(long)}, " in prose
-    no_decay = found("decay").differences("", "mlp on v, no decay")
-    assert f"with weight decay, which takes {shown(no_decay)} of the gain" in prose
     types = found("types").results
     start, identity = types["", "mlp on v, random start"], types["", "mlp on v"]
     worse = [start[seed]["val_loss"] - identity[seed]["val_loss"] for seed in start]
-    assert f"{shown(worse, 1)} above the start at the identity" in prose
+    assert f"ends {shown(worse, 1)} above the start at the identity" in details
 
 
 @pytest.mark.parametrize("name", CONFIGS)
