@@ -89,10 +89,14 @@ def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
     return paths
 
 
+def without_decay(kind: str) -> bool:
+    """Whether a kind has no knocks that decay. Pictures of a run's course leave out the others."""
+    return kind in ("none", "nanoGPT") or kind.endswith("no decay")
+
+
 def draw_losses(findings: Findings, group: str, path: Path) -> Path:
     """Held-out loss of a group against tokens, with the range of the seeds as a band, of the seeds
-    that all kinds have; below it the difference to no knocks, with its 95% interval as a band.
-    Knocks that decay are left out."""
+    that all kinds have; below it the difference to no knocks, with its 95% interval as a band."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6.5), sharex=True)
 
     def draw(axes: plt.Axes, kind: str, tokens: np.ndarray, middle: np.ndarray, low: np.ndarray,
@@ -103,7 +107,7 @@ def draw_losses(findings: Findings, group: str, path: Path) -> Path:
     found = {
         kind: runs
         for (name, kind), runs in findings.results.items()
-        if name == group and (kind == "none" or kind.endswith("no decay"))
+        if name == group and without_decay(kind)
     }
     shared = set.intersection(*(set(runs) for runs in found.values()))
     for kind, runs in found.items():
@@ -229,7 +233,7 @@ def draw_times(findings: Findings, path: Path) -> Path:
     """The best run of each kind against the seconds of training: the training loss as a faint line,
     the held-out loss as dots, and a square where ours comes to the loss at which nanoGPT ends."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    best = best_runs(findings)
+    best = {kind: run for kind, run in best_runs(findings).items() if without_decay(kind)}
     target = best["nanoGPT"]["val_loss"] if "nanoGPT" in best else -math.inf
     later = []  # losses after the first tenth of a run, which falls from far above
     for kind, run in best.items():
