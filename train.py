@@ -13,7 +13,6 @@ and a run that is resumed is the same run.
 import dataclasses
 import math
 import os
-import sys
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -48,12 +47,12 @@ from data.log import Log, check_new
 from data.loss import chunked_loss
 from data.prepare import DEFAULT_DATA, find_data
 from data.processes import (
-    is_first,
     join_processes,
     leave_processes,
     n_processes,
     sum_over_processes,
     synchronising,
+    warn,
     whole,
 )
 from data.script import Signals, add_fields, parse_args, run_script
@@ -294,9 +293,9 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
         config, checkpoint = Config(**{**CONFIGS[name], **shape}), None
     if not resume:
         check_new(train.out)
-    elif os.path.exists(os.path.join(train.out, "log.jsonl")) and is_first():
-        print(f"train.py: warning: {train.out} has a log and no checkpoint, so the run starts"
-              " again, with the settings of this command", file=sys.stderr)
+    elif os.path.exists(os.path.join(train.out, "log.jsonl")):
+        warn(f"{train.out} has a log and no checkpoint, so the run starts again, with the settings"
+             " of this command")
     return config, train, checkpoint
 
 
@@ -322,11 +321,11 @@ def go_on(
 
 
 def warn_of_a_jump(before: TrainConfig, after: TrainConfig, step: int) -> None:
-    """Say so, once, if resumed settings move the learning rate by more than a tenth."""
+    """Say so if resumed settings move the learning rate by more than a tenth."""
     old, new = lr_at(min(step, before.steps - 1), before), lr_at(step, after)
-    if is_first() and step < after.steps and abs(new - old) > 0.1 * old:
-        print(f"train.py: warning: the learning rate goes from {old:.3g} to {new:.3g} at step"
-              f" {step + 1}, because its schedule is another one now", file=sys.stderr)
+    if step < after.steps and abs(new - old) > 0.1 * old:
+        warn(f"the learning rate goes from {old:.3g} to {new:.3g} at step {step + 1}, because its"
+             " schedule is another one now")
 
 
 def check_run(config: Config, train: TrainConfig, checkpoint: dict | None,

@@ -20,7 +20,6 @@ import math
 import os
 import pickle
 import shutil
-import sys
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as sharded
 
 from data.hf import start_from_hf
-from data.processes import is_first, whole
+from data.processes import is_first, warn, whole
 from data.script import sync, sync_names
 from kha import Config, Transformer
 
@@ -112,8 +111,8 @@ class Saver:
             size = 3 * sum(w.numel() * w.element_size() for w in weights.values())  # with moments
             free = shutil.disk_usage(folder).free
             if not start and free < 4 * size:  # the last two, the best, and one that is not whole
-                print(f"train.py: warning: {folder} has room for {free / 1e9:.2f} GB, but may"
-                      f" come to hold four checkpoints of {size / 1e9:.2f} GB", file=sys.stderr)
+                warn(f"{folder} has room for {free / 1e9:.2f} GB, but may come to hold four"
+                     f" checkpoints of {size / 1e9:.2f} GB")
             self.work = self.thread.submit(self.reserve, shapes)
 
     def collect(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -222,9 +221,8 @@ def best_so_far(checkpoint: dict | None, eval_tokens: int, held_out: int) -> flo
     n_before, n_now = (min(n, held_out - 1) // length for n in (before, eval_tokens))
     if n_before == n_now and "best_loss" in checkpoint:
         return checkpoint["best_loss"]
-    if is_first():
-        print(f"train.py: warning: how good best.pt is on {n_now} sequences is not known: the next"
-              " checkpoint after an evaluation replaces it", file=sys.stderr)
+    warn(f"how good best.pt is on {n_now} sequences is not known: the next checkpoint after an"
+         " evaluation replaces it")
     return math.inf
 
 
@@ -277,9 +275,7 @@ def read_newest(paths: list[str]) -> dict:
         except ValueError as error:
             if path == paths[-1]:
                 raise ValueError(f"{error} (to start again, choose another --out)") from error
-            if is_first():
-                print(f"train.py: warning: {error}: going on from the checkpoint before it",
-                      file=sys.stderr)
+            warn(f"{error}: going on from the checkpoint before it")
 
 
 def read_checkpoint(path: str) -> dict:

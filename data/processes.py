@@ -38,6 +38,12 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def warn(text: str) -> None:
+    """Print a warning of train.py, once for all processes."""
+    if is_first():
+        print(f"train.py: warning: {text}", file=sys.stderr)
+
+
 def n_processes() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
