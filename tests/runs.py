@@ -76,17 +76,12 @@ def start_process(*args, preexec_fn=None, **how):
     )
 
 
-def wait_for(condition, process):
-    """Wait until `condition()` while the process runs."""
-    while not condition():
+def wait_for_update(out, process):
+    """Wait until the log of a running process has an update."""
+    log = out / "log.jsonl"
+    while not (log.exists() and '"loss"' in log.read_text()):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
-
-
-def has_line(out):
-    """A condition for `wait_for`: the log has an update."""
-    log = out / "log.jsonl"
-    return lambda: log.exists() and '"loss"' in log.read_text()
 
 
 @contextmanager

@@ -18,11 +18,10 @@ from tests.runs import (
     SHORT,
     assert_same_run,
     at_step,
-    has_line,
     lines_of,
     names,
     run_process,
-    wait_for,
+    wait_for_update,
     weights_of,
 )
 from train import main
@@ -150,7 +149,7 @@ def test_under_nohup_a_closed_terminal_does_not_stop_a_run(whole, data, tmp_path
 def test_torchrun_passes_a_signal_on(start, data, tmp_path):
     args = [*LONG, "--parallel", "fsdp", "--data", data, "--out", tmp_path]
     process = start(*args, n_process=2)
-    wait_for(has_line(tmp_path), process)
+    wait_for_update(tmp_path, process)
     process.terminate()
     output = process.communicate(timeout=LIMIT)[0]
     step = load_checkpoint(list_checkpoints(tmp_path)[0])[1]["step"]
@@ -164,7 +163,7 @@ def test_torchrun_passes_a_signal_on(start, data, tmp_path):
 def test_a_folder_takes_one_run_at_a_time(start, data, tmp_path):
     args = ["--data", str(data), "--out", str(tmp_path)]
     first = start(*LONG, "--save_every", 100000, *args)
-    wait_for(has_line(tmp_path), first)
+    wait_for_update(tmp_path, first)
     for option, message in (("--seed=1", "holds the log of"), ("--resume", "another run is")):
         with pytest.raises(ValueError, match=message):
             main([*SHORT, *args, option])
