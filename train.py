@@ -374,13 +374,12 @@ def check_run(config: Config, train: TrainConfig, checkpoint: dict | None,
 
 def main(argv: list[str]) -> None:
     """The command line. Raises ValueError or OSError for bad input, before --out is written."""
-    config, train, checkpoint = parse_config(argv)
-    device = pick_device(train.device)
+    config, given, checkpoint = parse_config(argv)
+    device = pick_device(given.device)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        find_data(train.data)
+        find_data(given.data)
     rank, n_process, device = join_processes(device)
-    settings = {"config": asdict(config), "train": asdict(train)}  # saved as given, see check_run
-    meta, train = check_run(config, train, checkpoint, device)
+    meta, train = check_run(config, given, checkpoint, device)
     start, T = checkpoint["step"] if checkpoint else 0, config.block_size
     tokens = open_tokens(train.data, "train")
     held_out = open_tokens(train.data, "val")[: train.eval_tokens + 1]
@@ -393,8 +392,11 @@ def main(argv: list[str]) -> None:
             restore(model, optimizer, checkpoint)
             checkpoint = None  # it maps its file, which would take space even if deleted
     log = Log(train.out, start, writes=rank == 0)
-    settings |= {"tokenizer": meta["tokenizer"], "data": meta["train"]["sha256"]}
-    log.begin(model, settings | {"train": asdict(train)}, device, n_process, len(tokens))
+    settings = {"config": asdict(config), "train": asdict(train), "tokenizer": meta["tokenizer"],
+                "data": meta["train"]["sha256"]}
+    log.begin(model, settings, device, n_process, len(tokens))
+    # A checkpoint has the settings as given, see check_run, and needs no file of the data.
+    settings |= {"train": asdict(given), "tokenizer": tokenizer_for_checkpoint(tokenizer)}
 
     def draw(step: int) -> Tensor:
         """This process's micro-batches of an update: (n_micro, micro_batch, T + 1)."""
@@ -430,12 +432,10 @@ def main(argv: list[str]) -> None:
                 log.evaluation(done, val_loss, val_bpb, knock_movement(model))
             # After a skipped update the weights may be at fault: then only the end of a run saves.
             if stopping or (saves and (finite or last)):
-                state = {**settings, "step": done, "val_loss": val_loss}
-                state |= {"tokenizer": tokenizer_for_checkpoint(tokenizer)}
-                state |= saver.collect(model, optimizer)
+                state = saver.collect(model, optimizer)
                 if rank == 0:
                     log.sync()  # no checkpoint on the disk without the log up to it
-                    saver.save(state)
+                    saver.save({**settings, "step": done, "val_loss": val_loss, **state})
             if evaluates or saves:
                 log.restart_clock()
             if stopping:
