@@ -345,19 +345,19 @@ def time_table(findings: Findings) -> str:
     theirs = best.get("nanoGPT")
     for kind, group in product(findings.kinds, findings.groups):
         for run in findings.results.get((group, kind), {}).values():
-            speed = run["tokens_per_s"]
-            row = [kind if kind == "nanoGPT" else f"ours, {kind}", group, "diverged", ""]
+            name = kind if kind == "nanoGPT" else f"ours, {kind}"
+            losses, passing = ["diverged", ""], ["", ""]
             if run["val_loss"] is not None:
-                row[2:] = [f"{run['val_loss']:.4f}", f"{run['val_bpb']:.4f}"]
-            row += [f"{speed / 1e3:.1f}", f"{run['tokens'] / speed:.0f}", "", ""]
+                losses = [f"{run['val_loss']:.4f}", f"{run['val_bpb']:.4f}"]
             if theirs and kind != "nanoGPT" and run is best.get(kind):
-                step = passing_step(run, theirs["val_loss"])
-                row[-2] = "never"
+                step, passing = passing_step(run, theirs["val_loss"]), ["never", ""]
                 if step < math.inf:
                     time, share = seconds(run, step), step / run["settings"]["steps"]
                     ratio = theirs["tokens"] / theirs["tokens_per_s"] / time
-                    row[-2:] = [f"{time:.0f} s, {share:.0%} of the updates", f"{ratio:.2f} x"]
-            rows.append(row)
+                    passing = [f"{time:.0f} s, {share:.0%} of the updates", f"{ratio:.2f} x"]
+            speed = run["tokens_per_s"]
+            speeds = [f"{speed / 1e3:.1f}", f"{run['tokens'] / speed:.0f}"]
+            rows.append([name, group, *losses, *speeds, *passing])
     return markdown(rows)
 
 
