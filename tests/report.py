@@ -376,7 +376,8 @@ def version(run: dict) -> str:
     """The code of a run: its commit, or where there was no git a hash."""
     if run["commit"] is None:
         return f"source {run['source_sha256'][:7]}"
-    return f"commit {run['commit'][:7]}" + " with changes" * run["dirty"]
+    changes = " with changes" if run["dirty"] else ""
+    return f"commit {run['commit'][:7]}{changes}"
 
 
 def caption(findings: Findings, explains: str) -> str:
@@ -389,11 +390,11 @@ def caption(findings: Findings, explains: str) -> str:
         versions.setdefault(f"{run['gpu']}, torch {run['torch']}", set()).add(version(run))
     machines = [f"{on}, {', '.join(sorted(some))}" for on, some in sorted(versions.items())]
     unit = findings.study.unit
+    length = f" {tokens[0] / 1e6:.0f}M {unit}s a run." if len(tokens) == 1 else ""
     return (
         f"Losses in nats per {unit}, over {runs[0]['eval_tokens'] / 1e6:.1f}M {unit}s."
-        + explains
-        + f" {tokens[0] / 1e6:.0f}M {unit}s a run." * (len(tokens) == 1)
-        + f" Data: {train} bytes to train on, {held_out} held out, sha256 {runs[0]['data'][:16]}."
+        f"{explains}{length}"
+        f" Data: {train} bytes to train on, {held_out} held out, sha256 {runs[0]['data'][:16]}."
         f" {'; '.join(machines)}.\n"
     )
 
