@@ -56,14 +56,12 @@ DECODE_HEAD = "row | tokens/s | step, ms | bound, ms | bound / step | against"
 
 
 class Row(NamedTuple):
-    """The options of train.py that say what to measure, after the name of a peer if it is one's;
-    the row to compare it with; and of a decoding row the samples side by side, and the tokens of
-    their prompt."""
+    """What to measure: training, or with `samples` decoding."""
 
-    command: str
-    against: str = ""
-    samples: int = 0
-    prompt: int = 128
+    command: str  # the options of train.py, after the name of a peer if it is one's
+    against: str = ""  # the row to compare it with
+    samples: int = 0  # texts side by side
+    prompt: int = 128  # tokens of their prompt
 
 
 def knocks(name: str, options: str, against: str = "") -> dict[str, Row]:

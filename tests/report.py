@@ -19,23 +19,22 @@ from data.checkpoint import list_checkpoints, list_to_resume, read_checkpoint
 
 
 class Run(NamedTuple):
-    """A run of train.py. Its baseline is the run of the same group and seed without knocks, or of
-    the kind that the study names."""
+    """A run of a study. Its baseline is the run of the same group and seed, and of the kind
+    `baseline` of the study."""
 
-    group: str
-    kind: str
+    group: str  # such as a learning rate: Study.groups says what it is
+    kind: str  # of knocks, or the name of another project
     seed: int
-    command: str
+    command: str  # the options of train.py, after the name of a peer if it is one's
 
 
 class Study(NamedTuple):
-    """What tells the groups of runs apart; the runs, the most valuable first; the tokenizer of the
-    data on which they are trained; and the kind of run that the others are compared with."""
+    """Runs that are compared."""
 
-    groups: str
-    runs: list[Run]
-    tokenizer: str = "byte"
-    baseline: str = "none"
+    groups: str  # what tells the groups of runs apart
+    runs: list[Run]  # the most valuable first
+    tokenizer: str = "byte"  # of the data on which they are trained
+    baseline: str = "none"  # the kind of run that the others are compared with
 
     @property
     def unit(self) -> str:
