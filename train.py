@@ -330,9 +330,10 @@ def warn_of_a_jump(before: TrainConfig, after: TrainConfig, step: int) -> None:
 
 def check_run(config: Config, train: TrainConfig, checkpoint: dict | None,
               device: str) -> tuple[dict, TrainConfig]:
-    """The meta.json of the data; and the settings, with the largest micro_batch, up to the given
-    one, that divides a process's sequences of a batch. A checkpoint keeps the given one, because a
-    resumed run may have more or fewer processes. Raises ValueError for what does not fit."""
+    """Raises ValueError for what does not fit. Returns the meta.json of the data, and the settings
+    with the micro_batch of this run: the largest, up to the given one, that divides the sequences
+    of a process in an update. A checkpoint keeps the given one, because a resumed run may have more
+    or fewer processes."""
     T, data, n_process = config.block_size, train.data, n_processes()
     start = checkpoint["step"] if checkpoint else 0
     # Here all processes also wait until the first one of each machine has prepared the data.

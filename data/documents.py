@@ -180,9 +180,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_csv(path: Path, field: str) -> Iterator[tuple[int, dict[str, str] | csv.Error]]:
-    """The rows after the first, which names the fields, each with the number of its last line. In
-    place of a row with text after the named fields, an error. Raises csv.Error for a wrong quote in
-    a file that has the `field`: what follows it may be cut anywhere."""
+    """The rows after the first, which names the fields, each with the number of its last line. A
+    row with text after the named fields becomes an error, which is a bad row. Raises csv.Error for
+    a wrong quote in a file that has the `field`: what follows it may be cut anywhere."""
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than many a text
     # surrogateescape: bytes that are not UTF-8 make their own row a bad one, and no other
     how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}

@@ -48,7 +48,7 @@ class Log:
     `spikes` counts the losses that are more than SPIKE deviations above the median of the up to 100
     losses before, from the 21st loss on. A deviation is 1.4826 times the median absolute deviation.
     `skipped` counts the updates that were left out because loss or gradient was not finite, and
-    `skipped_in_a_row` counts those since the last one that was not.
+    `skipped_in_a_row` counts those of them that came after the last finite update.
     """
 
     def __init__(self, out: str, last_step: int, writes: bool = True):

@@ -13,8 +13,9 @@ LOGITS_AT_ONCE = 2**29  # 1 GiB in bfloat16
 
 
 def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor, dw):
-    """The summed cross-entropy of tokens x (N, C) with W (V, C) and targets (N,); its gradient with
-    respect to x; and dw, float32, plus that with respect to W. Without dw (None) only the loss."""
+    """Returns three: the summed cross-entropy of x (N, C) with W (V, C) and targets (N,); its
+    gradient with respect to x; and dw, float32, plus that with respect to W. If dw is None, so are
+    the last two."""
     logits = upcast(F.linear(x, weight))  # (N, V)
     log_sum = logits.logsumexp(-1, keepdim=True)  # (N, 1)
     loss = (log_sum - logits.gather(-1, targets[:, None])).sum()

@@ -45,8 +45,8 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
 
 @contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """A context that adds this name to an error of the system that has none, as those of reading
-    and writing have. `run_script` prints it."""
+    """A context that adds `path` to an error of the system that names no file: errors of opening
+    a file name it, those of reading and writing do not. `run_script` prints the name."""
     try:
         yield
     except OSError as error:

@@ -80,9 +80,10 @@ def hold_out(tokens: np.ndarray, ends: np.ndarray, digests: np.ndarray, val_frac
 def find_cut(text: np.ndarray, share: float, near: float, encoding: Tokenizer) -> int:
     """Before which token to cut a text so that the fraction `share` of it, or more, comes after.
 
-    That is at the last line end before the wanted place, if it is not further than the fraction
-    `near` of the text (and CHUNK tokens), else between two characters. A text that is too short is
-    not cut: then this is the place after its end-of-text token.
+    That is at the last line end before the place after which exactly `share` comes. If this line
+    end is further from there than the fraction `near` of the text, or than CHUNK tokens, the cut is
+    between two characters. A text that is too short is not cut: then the place after its
+    end-of-text token is returned.
     """
     place = int(len(text) * (1 - share))
     lowest = max(1, place - min(int(near * len(text)), CHUNK))

@@ -35,8 +35,8 @@ BYTES = {letter: byte for byte, letter in enumerate(LETTERS)}
 
 @contextmanager
 def errors_of_library(message: str) -> Iterator[None]:
-    """A context in which errors of the library `tokenizers` become ValueErrors. Where its Rust code
-    panics, they are no Exception."""
+    """A context in which errors of the library `tokenizers` become ValueErrors; also a panic of its
+    Rust code, which is a BaseException and no Exception."""
     try:
         yield
     except KeyboardInterrupt:

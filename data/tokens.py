@@ -100,8 +100,8 @@ def all_tokens(tokenizer: Tokenizer) -> list[bytes]:
 
 
 def check_tokenizer(folder: str, name: str) -> None:
-    """Raises ValueError if prepared data are in other tokens than those of a model's tokenizer,
-    which `load_tokenizer` knows by this name."""
+    """Raises ValueError if prepared data are not in the tokens of a model's tokenizer. `name` is
+    what `load_tokenizer` takes for that."""
     name_of_data = load_meta(folder)["tokenizer"]
     if definition(name_of_data) == definition(name):
         return  # to load a large tokenizer takes seconds

@@ -211,7 +211,7 @@ class Findings:
         return found
 
     def sensitivity(self, kind: str) -> dict[int, float]:
-        """By seed, how much the loss depends on the learning rate, which the groups are.
+        """For each seed, how much the loss depends on the learning rate. A group is a rate.
 
         LR sensitivity as Wortsman et al. 2023 define it (arXiv 2309.14322): the mean over the
         learning rates of min(loss, loss at initialisation), less the loss at the best of them.
@@ -227,8 +227,8 @@ class Findings:
 
 
 def by_data(name: str, study: Study, results: list[dict]) -> list[Findings]:
-    """A study's findings on each data where a run of its own has ended, those with most results
-    first."""
+    """The findings of a study on each data set where it has done a run itself; results of other
+    studies alone are not enough. Those with most results come first."""
     commands = {run.command for run in study.runs}
     sets = {}
     for result in results:

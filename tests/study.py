@@ -276,8 +276,8 @@ class Job:
         self.lock.close()
 
     def begin(self, device: str, data: str, keep: bool) -> None:
-        """Start the process, which goes on from the run's checkpoint if there is one. It saves at
-        its end only to `keep` what it learned."""
+        """Start the process, which goes on from the run's checkpoint if there is one. With `keep`
+        it also saves one at its end; without, only at a signal."""
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = self.settings["steps"]
         evals = max(1, round(self.tokens(steps) / EVAL_BYTES))
