@@ -95,8 +95,9 @@ def without_decay(kind: str) -> bool:
 
 
 def draw_losses(findings: Findings, group: str, path: Path) -> Path:
-    """Held-out loss of a group against tokens, with the range of the seeds as a band, of the seeds
-    that all kinds have; below it the difference to no knocks, with its 95% interval as a band."""
+    """Two pictures of a group against tokens. Above, the held-out loss: the mean of the seeds that
+    all kinds have, and their range as a band. Below, the difference to no knocks: the mean of the
+    pairs, and its 95% interval as a band."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6.5), sharex=True)
 
     def draw(axes: plt.Axes, kind: str, tokens: np.ndarray, middle: np.ndarray, low: np.ndarray,
