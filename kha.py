@@ -88,7 +88,7 @@ class Knock(nn.Module):
         none     x_i                                                eq. 1-3
         linear   x_i t                                              eq. 5-7: the paper's T
         mlp      2 (x_i W^up * sigmoid(x_i W^gate)) W^down          eq. 9
-        gate     2 x_i * sigmoid(x_i W^gate)                        Table 2: harms there, not here
+        gate     2 x_i * sigmoid(x_i W^gate)                        Table 2, where it harms
 
     No head reads another's numbers. The heads interact because all of them train these shared D x D
     matrices. At the start the knock returns x_i, bit for bit: t, W^up and W^down are the identity,
@@ -110,7 +110,7 @@ class Knock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Every head of x (..., H, D) on its own: the same shape."""
         if self.kind == "linear":
-            return x @ self.t.to(x.dtype)  # in other models: `Heads` multiplies t into its weight
+            return x @ self.t.to(x.dtype)  # not used by `Heads`: its weight has t already
         if self.kind == "mlp":
             up, gate, down = self.up.to(x.dtype), self.gate.to(x.dtype), self.down.to(x.dtype)
             if can_fuse(x):

@@ -104,7 +104,7 @@ class MoE(nn.Module):
         x = x.reshape(-1, shape[-1])  # (N, C)
         chosen, weights = self.route(x)
         if not self.training and chosen.numel() < self.n_expert:
-            # A shortcut when few tokens are sampled: read the matrices of chosen experts only.
+            # A shortcut when few tokens are sampled: read the matrices of the chosen experts only.
             h = x[:, None, None] @ self.experts_up[chosen].to(x.dtype)  # (N, K, 1, 2F)
             h = (swiglu(h) * weights[..., None, None]).to(x.dtype)  # (N, K, 1, F)
             return (h @ self.experts_down[chosen].to(x.dtype)).sum(1).view(shape)

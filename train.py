@@ -133,8 +133,8 @@ def update(
     """One optimizer step on micro-batches (n_micro, B, T + 1) of token ids.
 
     `wrapped` is what to call for the loss: the model itself, or DDP around it. Returns a tensor
-    (4,), which the device may not have computed yet: loss, grad_norm, worst_load and finite, which
-    is 1, or 0 if loss or gradients are not finite. Then the weights stay as they were.
+    (4,), which the device may not have computed yet: loss, grad_norm, worst_load and finite: 1, or
+    0 if loss or gradients are not finite. With 0 the weights stay as they were.
     """
     loss = torch.zeros((), device=micros.device)
     for i, rows in enumerate(micros):

@@ -189,7 +189,7 @@ def read_csv(path: Path, field: str) -> Iterator[tuple[int, dict[str, str] | csv
     with io.TextIOWrapper(open_file(path), **how) as file:
         has_field = field in next(csv.reader(file), [])
     with io.TextIOWrapper(open_file(path), **how) as file:
-        # strict, or a wrong quote would change the text; a file without the field has none
+        # strict, or a wrong quote would change the text; without the field there is no text
         reader = csv.DictReader(file, strict=has_field)
         try:
             for row in reader:
@@ -273,7 +273,7 @@ def reading(source: Source) -> Iterator[None]:
             raise
         advice = "is damaged, fetch it again"
         if "too much memory" in str(error):  # pyarrow unpacks windows of at most 128 MiB
-            advice = "was packed with zstd --long: unpack it, or pack it again without"
+            advice = "was packed with zstd --long: unpack it, or pack it again without that"
         raise ValueError(f"{source.name} {advice}: {error}") from error
 
 

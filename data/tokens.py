@@ -127,7 +127,7 @@ def load_meta(folder: str) -> dict[str, Any]:
 
     Keys: tokenizer (what load_tokenizer takes), tokenizer_sha256 (if that is a file), vocab_size,
     eot (a token id), sources, val_fraction, dtype (of the .bin files), skipped_files,
-    skipped_file_examples ("name: reason"), skipped_rows, skipped_row_examples ("name:line: row"),
+    skipped_file_examples ("name: reason"), skipped_rows, skipped_row_examples ("name:number: row"),
     dropped_documents, and for train and val each: documents, tokens, bytes (of UTF-8 text) and
     sha256 (of the .bin file). Nats per token * tokens / bytes / ln 2 are bits per byte. Raises
     FileNotFoundError if a file is missing, ValueError if one is damaged, or if the tokenizer.json

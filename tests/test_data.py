@@ -511,10 +511,10 @@ def test_a_csv_without_text_may_hold_any_quotes():
 @pytest.mark.parametrize("bad", [r'"He said \"hi, you\" there"', '"one "two"\nthree, four"'])
 def test_a_csv_with_a_wrong_quote_is_damaged(bad):
     """Python would read the first text as: He said \\hi. After it, rows may begin anywhere."""
-    rows = ["id,text", *(f'{i},"row ""{i}"""' for i in range(200))]
+    rows = ["id,body", *(f'{i},"row ""{i}"""' for i in range(200))]
     write("a.csv", "\n".join([*rows[:50], f"50,{bad}", *rows[50:]]))
     with pytest.raises(ValueError, match="a.csv is damaged, .*: line 51: .* expected after"):
-        prepare(["a.csv"], "out")
+        prepare(["a.csv"], "out", field="body")
 
 
 def test_a_row_of_csv_with_a_comma_too_many_is_a_bad_row():

@@ -22,7 +22,7 @@ def test_the_reading_guide_names_what_is_there(name, file):
 
 
 MLP = "mlp on v, no decay"
-SMALL = "`small`, 4 value heads of 12, mlp on v, 250M bytes of Python source"
+SMALL = "`small`, 4 value heads for 12 query heads, mlp on v, 250M bytes of Python source"
 
 
 @pytest.mark.parametrize("row,study,data,group,kind", [

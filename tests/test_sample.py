@@ -142,7 +142,7 @@ def test_generate_refuses_in_one_line(model, prompt, options, message):
     assert "\n" not in str(error.value)
 
 
-def test_characters_of_several_bytes_are_written_whole(model, capsys):
+def test_what_is_written_is_whole_characters_up_to_the_end_of_the_text(model, capsys):
     text = "naïve – 漢字"
     ids, prompts = load_tokenizer("byte").encode(text), []
 

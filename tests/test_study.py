@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.checkpoint import list_checkpoints
 from tests import report, study
 from tests.peers import split_command
 from tests.runs import LIMIT, ROOT, SHAPE, SHORT, limit_files
@@ -579,6 +580,16 @@ def test_the_picture_of_gpt2_has_all_kinds_that_do_not_decay(monkeypatch):
     assert {line.get_xdata()[-1] for line in top.lines} == {10}
 
 
+def test_the_picture_of_times_leaves_out_knocks_that_decay(monkeypatch):
+    plot, drawn = study.load_plot(), []
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.extend(figure.axes))
+    times = study.STUDIES["time_to_loss"]
+    lines = [result(run, 2.0, study="time_to_loss") for run in times.runs]
+    plot.draw_study("time_to_loss", report.Findings(times, lines), Path("."))
+    labels = drawn[0].get_legend_handles_labels()[1]
+    assert labels == ["nanoGPT", "ours, none", "ours, mlp on v, no decay"]
+
+
 def test_without_a_pair_there_are_no_pictures(capsys):
     Path("results").mkdir()
     report.append_result(Path("results/types.jsonl"), result(study.STUDIES["types"].runs[0], 1.0))
@@ -597,6 +608,10 @@ def test_plot_draws_the_losses_and_matrices_of_runs(whole, halves, data, capsys)
     assert capsys.readouterr().out == f"wrote {run}/loss.png\nwrote {run}/knocks.png\n"
     for name in ("loss.png", "knocks.png"):
         assert (run / name).read_bytes()[:4] == b"\x89PNG"
+    for path in (*list_checkpoints(str(run)), run / "knocks.png"):
+        os.remove(path)
+    study.main(["plot", str(run)])
+    assert (run / "knocks.png").exists()  # of best.pt, which is left
     with pytest.raises(FileNotFoundError, match="no log.jsonl with updates in out/nothing"):
         study.main(["plot", "out/nothing"])
     (other / "log.jsonl").write_bytes(b"\x8c\n")
