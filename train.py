@@ -89,7 +89,7 @@ class TrainConfig:
     balance: str = "rms"  # rule of loss-free balancing: rms or sign
     balance_rate: float = 1e-3  # how far an update moves the experts' biases, on average
     eval_every: int = 250  # steps between evaluations
-    eval_tokens: int = 262144  # how many held-out tokens an evaluation reads
+    eval_tokens: int = 262144  # an evaluation reads so many held-out tokens, the first ones
     save_every: int = 250  # steps between checkpoints (two and the best stay); 0: only at a signal
     sample_tokens: int = 200  # length of the sample at the end; 0 for none
     prompt: str = "def "  # what the sample continues
@@ -278,8 +278,8 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     configs = {name: CONFIGS[name] | RECIPES[name] for name in CONFIGS}
     options = add_fields("train.py", __doc__, configs, "toy", (Config, TrainConfig))
     options.add_argument("--resume", action="store_true", default=False,
-                         help="go on from the newest checkpoint in --out, if any, with its model"
-                         " and settings; the name of a config then only gives the default --out")
+                         help="go on from the newest checkpoint in --out, if any; the command can"
+                         " change its settings, not its model; a config then only gives an --out")
     given = vars(parse_args(options, argv, NANOGPT))
     name, resume = given.pop("config"), given.pop("resume")
     shape = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}
@@ -314,8 +314,8 @@ def go_on(
     fixed = {**asdict(config), "init": before.init}
     for field, value in {**shape, "init": train.init}.items():
         if fixed[field] != value:
-            raise ValueError(f"--{field} {value} differs from the checkpoint's {fixed[field]!r}:"
-                             " leave it out")
+            raise ValueError(f"--{field} {value} differs from the run in {out} ({fixed[field]!r}):"
+                             " leave it out to go on with that run, or name another with --out")
     warn_of_a_jump(before, train, checkpoint["step"])
     return config, train, checkpoint
 

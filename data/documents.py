@@ -312,7 +312,9 @@ def read_rows(source: Source, field: str, left_out: LeftOut) -> Iterator[Documen
     rows = iter(source.rows)
     first = list(islice(rows, 100 if source.found else 0))
     if source.found and all(row_text(row, field) is None for _, row in first):
-        left_out.skip_file(source.name, f"no text in the field {field!r}")
+        found = sorted({name for _, row in first for name in row_fields(row)})
+        there = f" (it has {', '.join(found[:5])})" if found else ""
+        left_out.skip_file(source.name, f"no text in the field {field!r}{there}")
         return
     for number, row in chain(first, rows):
         left_out.rows += 1
@@ -329,10 +331,18 @@ def read_rows(source: Source, field: str, left_out: LeftOut) -> Iterator[Documen
 def row_text(row: Any, field: str) -> bytes | None:
     """The UTF-8 text in the `field` of a row; None if it has none."""
     try:
-        row = json.loads(row) if isinstance(row, bytes) else row
-        return row[field].encode() if isinstance(row, dict) else None
-    except (ValueError, RecursionError, KeyError, AttributeError):
+        return row_fields(row)[field].encode()
+    except (KeyError, AttributeError, UnicodeEncodeError):
         return None
+
+
+def row_fields(row: Any) -> dict[str, Any]:
+    """The fields of a row, of which the one of text may be missing; none if it is damaged."""
+    try:
+        row = json.loads(row) if isinstance(row, bytes) else row
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def drop_duplicates(documents: Iterable[Document], digests: array,

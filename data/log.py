@@ -139,11 +139,15 @@ class Log:
             self.write(**record)
         self.progress = Progress(train["steps"], self.start, shows=self.file is not None)
         total, active = count_params(model)
+        kinds = {place: getattr(model.config, f"knock_{place}") for place in "qkv"}
+        knocks = [f"{kind} on {place}" for place, kind in kinds.items() if kind != "none"]
+        knocks = ", ".join(knocks) or "no knocks"
         epochs = train["steps"] * self.batch_tokens / n_tokens
         self.say(
-            f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; {train['steps']} steps of"
-            f" {self.batch_tokens} tokens ({epochs:.3g} epochs of {train['data']}) on {n_process} x"
-            f" {device.split(':')[0]}, micro_batch {train['micro_batch']}; writing {self.out}"
+            f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active, {knocks}; {train['steps']}"
+            f" steps of {self.batch_tokens} tokens ({epochs:.3g} epochs of {train['data']}), lr"
+            f" {train['lr']:g}, on {n_process} x {device.split(':')[0]}, micro_batch"
+            f" {train['micro_batch']}; writing {self.out}"
             + (f", going on after step {self.start}" if self.start else
                f", beginning with the weights of {train['init']}" if train["init"] else "")
         )  # fmt: skip

@@ -193,7 +193,8 @@ def main(argv: list[str]) -> None:
                         help=f"new folder for the token files (without INPUT: {DEFAULT_DATA})")
     parser.add_argument("--tokenizer", help=f"one of {', '.join(TOKENIZERS)} (default: byte), or "
                         "the path of a tokenizer.json")
-    parser.add_argument("--field", help="the field of rows that holds the text (default: text)")
+    parser.add_argument("--field", help="the field of rows that holds the text, one name for all"
+                        " inputs (default: text)")
     parser.add_argument("--val_fraction", type=float, help="held out, of 1 (default: 0.05)")
     parser.add_argument("--workers", type=int, help="threads (default: one a core)")
     parser.add_argument("--verify", metavar="FOLDER", help="read all tokens of a prepared folder")

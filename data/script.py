@@ -81,7 +81,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str],
         option = word.split("=")[0]
         if re.fullmatch(r"--?[a-zA-Z]\S*", option) and option not in options:
             hint = "" if option.startswith("--") else " (a value needs =, as in --option=-VALUE)"
-            guess = nearest((other_names or {}).get(option, option), options, "see --help")
+            meant = (other_names or {}).get(option, option)
+            guess = nearest(meant, options, "none is like it, see --help")
             raise ValueError(f"unknown option {option}: {guess}{hint}")
     args = parser.parse_intermixed_args(argv)
     for name, value in vars(args).items():
@@ -210,7 +211,8 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 class Signals(ExitStack):
-    """A context in which SIGTERM, Ctrl-C and SIGHUP (a closed terminal) only set `came`.
+    """A context in which SIGTERM, Ctrl-C and SIGHUP (a closed terminal) only set `came`, and print
+    that the run stops.
 
     A second one ends the process at once. Within a second of the first it is an echo: a scheduler
     signals torchrun and its processes, and torchrun passes it on to these.
@@ -223,8 +225,13 @@ class Signals(ExitStack):
 
     def receive(self, number: int, _) -> None:
         now = time.monotonic()
-        self.first = self.first or now
-        if now - self.first > 1:
+        if self.first is None:
+            self.first = now
+            if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first
+                # print would fail if the signal came during another print
+                os.write(2, b"stopping: the run saves a checkpoint after this update. A second"
+                            b" signal ends it at once, without one\n")
+        elif now - self.first > 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 

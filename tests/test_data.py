@@ -131,7 +131,7 @@ def test_the_script_says_what_it_has_done(capsys):
         assert line == (f"{split}: {n['documents']} documents, {n['tokens']:,} byte tokens,"
                         f" {n['bytes']:,} bytes of text")
     assert skipped.startswith("skipped 3 files without text and 1 bad rows; dropped 7 duplicate")
-    which = "'in/a.png': not UTF-8 text; 'in/z.csv': no text in the field 'text'"
+    which = "'in/a.png': not UTF-8 text; 'in/z.csv': no text in the field 'text' (it has a, b)"
     assert examples.startswith(f"skipped are, for example, {which}; in/rows.jsonl:")
     assert wrote == "wrote out"
 

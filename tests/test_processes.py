@@ -120,12 +120,14 @@ def signalled(step, number, handler=unexpected):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_run_after_its_step(number, whole, data, tmp_path, capsys):
+def test_a_signal_ends_the_run_after_its_step(number, whole, data, tmp_path, capfd):
     args = [*SHORT, "--data", str(data), "--out", str(tmp_path)]
     with signalled(13, number):
         main(args)
     end = "stopped by a signal, saved after step 14 of 30: --resume goes on\n"
-    assert capsys.readouterr().out.endswith(end)  # without the sample
+    output, errors = capfd.readouterr()
+    assert output.endswith(end)  # without the sample
+    assert "A second signal ends it at once" in errors
     assert names(tmp_path) == ["best.pt", "log.jsonl", "step-00000010.pt", "step-00000014.pt"]
     main([*args, "--resume"])
     assert_same_run(whole, tmp_path)
@@ -154,6 +156,7 @@ def test_torchrun_passes_a_signal_on(start, data, tmp_path):
     output = process.communicate(timeout=LIMIT)[0]
     step = load_checkpoint(list_checkpoints(tmp_path)[0])[1]["step"]
     assert f"stopped by a signal, saved after step {step} of 100000" in output
+    assert output.count("A second signal ends it at once") == 1
     assert [line["step"] for line in read_log(tmp_path)[0]] == list(range(1, step + 1))
 
 

@@ -58,7 +58,8 @@ def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "\na" in shown  # the sample, from the prompt on
     epochs = 30 * 256 / load_meta(data)["train"]["tokens"]
-    assert f"30 steps of 256 tokens ({epochs:.3g} epochs of {data}) on 1 x" in shown
+    of_data = f"({epochs:.3g} epochs of {data})"
+    assert f"active, mlp on v; 30 steps of 256 tokens {of_data}, lr 0.01, on 1 x" in shown
     assert ", micro_batch 4; writing" in shown
 
     model, checkpoint = load_checkpoint(out)
@@ -543,7 +544,7 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
         ("--n_leyer 3", "unknown option --n_leyer: did you mean --n_layer?"),
         ("--batch_size 4", "unknown option --batch_size: did you mean --micro_batch?"),
         ("--init_from resume", "unknown option --init_from: did you mean --resume?"),
-        ("--dropout 0.1", "unknown option --dropout: see --help"),
+        ("--dropout 0.1", "unknown option --dropout: none is like it, see --help"),
         ("--compile=False", "ignored explicit argument 'False': a switch takes no value"),
         ("toy out/toy", "unrecognized arguments: out/toy: put a value after its option"),
         ("huge", "invalid choice: 'huge'"),
@@ -575,8 +576,8 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
         ("--init llama/config.json", "name the folder of the model, not a file in it"),
         ("--out BROKEN --resume", "damaged"),
         ("--out RUN --resume --n_layer 3",
-         "--n_layer 3 differs from the checkpoint's 1: leave it out"),
-        ("--out RUN --resume --init BROKEN", "differs from the checkpoint's '': leave it out"),
+         "halves (1): leave it out to go on with that run, or name another with --out"),
+        ("--out RUN --resume --init BROKEN", "halves (''): leave it out to go on with that run"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_touches_nothing(args, message, data, halves, tmp_path, run_here):
