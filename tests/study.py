@@ -140,6 +140,7 @@ GPT2_TYPES = [
     "mlp on v, one for each head, no decay", "gate on v, no decay", "mlp on q, k, v, no decay",
     "mlp on v",
 ]  # fmt: skip
+OWN = ["mlp on v, one for each head", "mlp on v, one for each head, no decay"]
 RULES = ["mlp on v, no decay", "mlp on v, decay to the start", "mlp on v, slow"]
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
 THIRD = "--n_layer 6 --n_embd 384 --n_head 9 --n_kv_head 3"
@@ -200,9 +201,7 @@ STUDIES = {
     "kv_heads": Study(
         "key/value heads of 12",
         grid(KV_HEADS, BOTH, range(1, 4))
-        + grid(
-            {n: KV_HEADS[n] for n in ("4", "12")}, ["mlp on v, one for each head"], range(1, 4)
-        ),
+        + grid({n: KV_HEADS[n] for n in ("4", "12")}, OWN, range(1, 4)),
     ),
     "sizes": Study(
         "parameters",
