@@ -87,8 +87,8 @@ def test_the_kernel_is_the_equation_forward_and_backward(head_dim, n_token):
 
 
 def test_the_kernel_is_the_equation_without_a_gpu():
-    """In Triton's interpreter, in float32, because that of Triton 3.9 gets bfloat16 wrong."""
-    pytest.importorskip("triton")
+    """In Triton's interpreter, in float32. That of 3.9 gets bfloat16 wrong, that of 3.6 fails."""
+    pytest.importorskip("triton", minversion="3.9")
     script = """if True:
         from types import SimpleNamespace
         import torch
