@@ -47,6 +47,7 @@ from data.log import Log, check_new
 from data.loss import chunked_loss
 from data.prepare import DEFAULT_DATA, find_data
 from data.processes import (
+    Signals,
     join_processes,
     leave_processes,
     n_processes,
@@ -55,7 +56,7 @@ from data.processes import (
     warn,
     whole,
 )
-from data.script import Signals, add_fields, parse_args, run_script
+from data.script import add_fields, parse_args, run_script
 from data.tokens import (
     SPLITS,
     check_tokenizer,

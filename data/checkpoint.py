@@ -42,8 +42,8 @@ TYPES = {
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer, memory: dict | None = None) -> dict:
     """The "model" and "optimizer" of a checkpoint, copied to the CPU: whole tensors, also where
-    FSDP has them in parts. All processes call it; the first one gets the tensors. A tensor
-    that is also in `memory`, an earlier result, is copied into that one, not into a new one."""
+    FSDP has them in parts. All processes call it; the first one gets the tensors. A tensor that
+    is also in `memory`, an earlier result, is copied into that one, not into a new one."""
     parts = {"model": sharded.get_model_state_dict(model)}
     if optimizer.state:  # before its first update the call below would make one up
         parts["optimizer"] = sharded.get_optimizer_state_dict(model, optimizer)

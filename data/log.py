@@ -141,13 +141,12 @@ class Log:
         total, active = count_params(model)
         kinds = {place: getattr(model.config, f"knock_{place}") for place in "qkv"}
         knocks = [f"{kind} on {place}" for place, kind in kinds.items() if kind != "none"]
-        knocks = ", ".join(knocks) or "no knocks"
         epochs = train["steps"] * self.batch_tokens / n_tokens
         self.say(
-            f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active, {knocks}; {train['steps']}"
-            f" steps of {self.batch_tokens} tokens ({epochs:.3g} epochs of {train['data']}), lr"
-            f" {train['lr']:g}, on {n_process} x {device.split(':')[0]}, micro_batch"
-            f" {train['micro_batch']}; writing {self.out}"
+            f"{total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active,"
+            f" {', '.join(knocks) or 'no knocks'}; {train['steps']} steps of {self.batch_tokens}"
+            f" tokens ({epochs:.3g} epochs of {train['data']}), lr {train['lr']:g}, on {n_process}"
+            f" x {device.split(':')[0]}, micro_batch {train['micro_batch']}; writing {self.out}"
             + (f", going on after step {self.start}" if self.start else
                f", beginning with the weights of {train['init']}" if train["init"] else "")
         )  # fmt: skip

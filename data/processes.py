@@ -1,8 +1,10 @@
-"""Many processes that train together: torchrun's, one for each GPU."""
+"""Many processes that train together: torchrun's, one for each GPU; and signals to them."""
 
 import os
+import signal
 import sys
-from contextlib import nullcontext
+import time
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 
 import torch
@@ -10,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from data.script import handling
 
 
 def join_processes(device: str) -> tuple[int, int, str]:
@@ -81,3 +85,33 @@ def leave_processes() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+class Signals(ExitStack):
+    """A context in which SIGTERM, Ctrl-C and SIGHUP (a closed terminal) only set `came`, and print
+    that the run stops.
+
+    A second one ends the process at once. Within a second of the first it is an echo: a scheduler
+    signals torchrun and its processes, and torchrun passes it on to these.
+    """
+
+    def __enter__(self):
+        self.first = None
+        self.enter_context(handling(self.receive, "SIGTERM", "SIGINT", "SIGHUP"))
+        return super().__enter__()
+
+    def receive(self, number: int, _) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = now
+            if is_first():
+                # print would fail if the signal came during another print
+                os.write(2, b"stopping: the run saves a checkpoint after this update. A second"
+                            b" signal ends it at once, without one\n")
+        elif now - self.first > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    @property
+    def came(self) -> bool:
+        return self.first is not None

@@ -1,4 +1,4 @@
-"""What the scripts share: options, errors of one line, signals, files that survive a crash."""
+"""What the scripts share: options, errors of one line, files that survive a crash."""
 
 import argparse
 import dataclasses
@@ -11,9 +11,8 @@ import re
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -208,33 +207,3 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
                 f"{path} has appeared meanwhile: choose another folder"
             ) from error
         sync_names(target.parent)
-
-
-class Signals(ExitStack):
-    """A context in which SIGTERM, Ctrl-C and SIGHUP (a closed terminal) only set `came`, and print
-    that the run stops.
-
-    A second one ends the process at once. Within a second of the first it is an echo: a scheduler
-    signals torchrun and its processes, and torchrun passes it on to these.
-    """
-
-    def __enter__(self):
-        self.first = None
-        self.enter_context(handling(self.receive, "SIGTERM", "SIGINT", "SIGHUP"))
-        return super().__enter__()
-
-    def receive(self, number: int, _) -> None:
-        now = time.monotonic()
-        if self.first is None:
-            self.first = now
-            if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first
-                # print would fail if the signal came during another print
-                os.write(2, b"stopping: the run saves a checkpoint after this update. A second"
-                            b" signal ends it at once, without one\n")
-        elif now - self.first > 1:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    @property
-    def came(self) -> bool:
-        return self.first is not None

@@ -47,7 +47,7 @@ plt.rcParams.update({
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=list(COLORS.values())),
+    "axes.prop_cycle": matplotlib.cycler(color=list(dict.fromkeys(COLORS.values()))),
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
     "svg.hashsalt": "kha",  # the same picture is the same file

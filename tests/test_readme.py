@@ -1,6 +1,7 @@
 """The claims of README.md, BENCHMARKS.md and results/README.md that a machine can check."""
 
 import re
+from functools import cache
 from statistics import fmean
 
 import pytest
@@ -25,6 +26,12 @@ MLP = "mlp on v, no decay"
 SMALL = "`small`, 4 value heads for 12 query heads, mlp on v, 250M bytes of Python source"
 
 
+@cache
+def findings(study):
+    """Those of a study, on each of its data."""
+    return by_data(study, STUDIES[study], read_results(RESULTS))
+
+
 @pytest.mark.parametrize("row,study,data,group,kind", [
     ("`gpt2`, mlp on v, 82M tokens of Python source", "gpt2", 0, "82M", MLP),
     ("the same, as a control: a knock of its own for each head", "gpt2", 0, "82M",
@@ -35,29 +42,26 @@ SMALL = "`small`, 4 value heads for 12 query heads, mlp on v, 250M bytes of Pyth
     ("the same with 1 value head", "kv_heads", 0, "1", MLP),
 ])  # fmt: skip
 def test_a_row_of_results_is_what_its_study_says(row, study, data, group, kind):
-    found = by_data(study, STUDIES[study], read_results(RESULTS))[data]
+    found = findings(study)[data]
     difference, n = difference_cells(found.differences(group, kind))
     assert f"| {row} | {difference} nats a {found.study.unit} | {n} |\n" in README
 
 
 def test_the_headline_is_what_the_results_say():
-    results, prose = read_results(RESULTS), " ".join(README.split())
+    prose = " ".join(README.split())
     details = " ".join((RESULTS / "README.md").read_text().split())
-
-    def found(name):
-        return by_data(name, STUDIES[name], results)[0]
 
     def shown(differences, sign=-1):
         mean, half = interval(differences)
         return f"{sign * mean:.4f} ± {half:.4f}"
 
-    sizes = found("sizes")
+    sizes = findings("sizes")[0]
     pairs = [sizes.differences(group, MLP) for group in sizes.groups]
     complete = [differences for differences in pairs if len(differences) == 3]
     assert len(complete) == 6 and max(map(max, complete)) < 0
     by_seed = [sum(seed) / len(seed) for seed in zip(*complete, strict=True)]
     assert f"experts, end {shown(by_seed)} nats a byte lower" in prose
-    texts = by_data("gpt2", STUDIES["gpt2"], results)
+    texts = findings("gpt2")
     gpt2 = [text.differences(group, MLP) for text in texts for group in text.groups]
     every = [difference for some in (*complete, *gpt2) for difference in some]
     assert max(every) < 0 and f"All {len(every)} pairs of the MLP without decay in" in details
@@ -73,9 +77,9 @@ def test_the_headline_is_what_the_results_say():
                 for more in ("", ", one for each head"))
     apart = [one[seed]["val_loss"] - own[seed]["val_loss"] for seed in own]
     assert f"and {shown(apart)} higher than with one knock for all heads" in details
-    long = found("tokens").differences("1B", MLP)
+    long = findings("tokens")[0].differences("1B", MLP)
     assert f"After 1B bytes `small` gains {shown(long)}, " in prose
-    types = found("types").results
+    types = findings("types")[0].results
     start, identity = types["", "mlp on v, random start"], types["", "mlp on v"]
     worse = [start[seed]["val_loss"] - identity[seed]["val_loss"] for seed in start]
     assert f"ends {shown(worse, 1)} above the start at the identity" in details
