@@ -208,7 +208,7 @@ class GQA(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         C, D = config.n_embd, config.head_dim
-        self.wo = Linear(config.n_head * D, C)  # first: a seed then gives the same weights as ever
+        self.wo = Linear(config.n_head * D, C)  # first, or a seed would give new weights
         self.wq = Heads(C, config.n_head, D, config.knock_q)
         self.wk = Heads(C, config.n_kv_head, D, config.knock_k)
         self.wv = Heads(C, config.n_kv_head, D, config.knock_v)
@@ -479,9 +479,9 @@ class FoldedGate(nn.Module):
 def fold(model: nn.Module) -> nn.Module:
     """Multiply knocks into the weights beside them, in place; returns the model. Its outputs stay
     the same. Linear knocks vanish (eq. 8), also those of `add_knocks`, if no MLP knock is on the
-    same projection. Of an mlp or gate knock of a `Transformer` a `FoldedGate` remains. Other knocks
-    stay as they are. Raises ValueError, with nothing changed, if one of these weights is shared,
-    sharded or computed."""
+    same projection. Of an mlp or gate knock of a `Transformer` a `FoldedGate` remains. No config
+    names that, so save the model before. Other knocks stay as they are. Raises ValueError, with
+    nothing changed, if one of these weights is shared, sharded or computed."""
     attns = [part for part in model.modules() if isinstance(part, GQA)]
     # Attention is linear in the values. So W^down can go into W^O, which all of them pass.
     wo = {attn.wv: attn.wo for attn in attns if attn.wv.knock.kind == "mlp"}

@@ -23,11 +23,11 @@ from data.checkpoint import load_checkpoint
 from data.device import can_capture, capture, copy_to_cpu, pick_device
 from data.evaluation import bits_per_byte, evaluate
 from data.hf import export_hf
+from data.loss import chunked_loss
 from data.script import new_parser, parse_args, run_script
 from data.tokenizer_json import Tokenizer
 from data.tokens import (
     check_tokenizer,
-    load_meta,
     load_tokenizer,
     open_tokens,
     token_bytes,
@@ -206,11 +206,13 @@ def generate(
 
 def lighten(model: Transformer) -> Transformer:
     """Make a trained model, in place, one for sampling only; returns it. Its knocks are folded, and
-    on CUDA its parameters become bfloat16, but not the balancing bias, which has finer steps."""
+    on CUDA its parameters become bfloat16, except the routers, so that each token has the experts
+    that it has in training. The balancing bias is no parameter, and has finer steps."""
     fold(model)
     if model.embed.weight.is_cuda:
-        for p in model.parameters():
-            p.data = p.data.bfloat16()
+        for name, p in model.named_parameters():
+            if not name.endswith("router"):
+                p.data = p.data.bfloat16()
     return model
 
 
@@ -279,16 +281,19 @@ def write_samples(
 def measure(model: Transformer, tokenizer: str, folder: str, device: str) -> None:
     """Print a model's held-out loss on prepared data. Raises ValueError if the data have changed,
     are in other tokens than the model's, or too few."""
-    meta, tokens = load_meta(folder), open_tokens(folder, "val")
+    tokens = open_tokens(folder, "val")
     check_tokenizer(folder, tokenizer)
     length = min(model.config.block_size, len(tokens) - 1)
     if length < 1:
         raise ValueError(f"{folder} holds out {len(tokens)} tokens: prepare more text")
     verify_tokens(folder)
-    loss = evaluate(model, tokens, length, micro_batch=8, device=device, shows=True).item()
+    model.loss = chunked_loss(compiles=False)  # logits of many token ids need much memory
+    micro_batch = max(1, 8192 // length)
+    loss = evaluate(model, tokens, length, micro_batch, device, shows=True).item()
+    bits = loss * bits_per_byte(tokens, length, load_tokenizer(tokenizer))
     n = (len(tokens) - 1) // length * length  # a sequence that is cut short is not measured
     print(
-        f"{loss:.4f} nats per token, {bits_per_byte(loss, meta['val']):.4f} bits per byte"
+        f"{loss:.4f} nats per token, {bits:.4f} bits per byte"
         f" ({n:,} of {len(tokens):,} held-out tokens of {folder}, in sequences of {length})"
     )
 

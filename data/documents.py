@@ -329,11 +329,12 @@ def read_rows(source: Source, field: str, left_out: LeftOut) -> Iterator[Documen
 
 
 def row_text(row: Any, field: str) -> bytes | None:
-    """The UTF-8 text in the `field` of a row; None if it has none."""
+    """The UTF-8 text in the `field` of a row; None if it has none. A zero byte is in no text."""
     try:
-        return row_fields(row)[field].encode()
+        text = row_fields(row)[field].encode()
     except (KeyError, AttributeError, UnicodeEncodeError):
         return None
+    return None if b"\0" in text else text
 
 
 def row_fields(row: Any) -> dict[str, Any]:

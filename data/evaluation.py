@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.device import on_device
-from data.tokens import sequences
+from data.tokenizer_json import Tokenizer
+from data.tokens import CHUNK, sequences, text_sizes
 
 
 @torch.no_grad()
@@ -34,6 +35,10 @@ def evaluate(model: nn.Module, tokens: np.ndarray, length: int, micro_batch: int
     return total / len(starts)
 
 
-def bits_per_byte(loss: float, counts: dict) -> float:
-    """A loss in nats a token as bits a byte of text, by the counts of its split in meta.json."""
-    return loss / math.log(2) * counts["tokens"] / counts["bytes"]
+def bits_per_byte(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> float:
+    """What a loss of one nat a token is in bits a byte, for the tokens that `evaluate` predicts. An
+    end-of-text token counts as a token and has no bytes."""
+    n_token, n_byte, sizes = (len(tokens) - 1) // length * length, 0, text_sizes(tokenizer)
+    for start in range(1, n_token + 1, CHUNK):
+        n_byte += int(sizes[tokens[start : min(start + CHUNK, n_token + 1)]].sum())
+    return n_token / max(n_byte, 1) / math.log(2)

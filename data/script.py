@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
         sys.exit(141)
     except (ValueError, OSError) as error:
         named = isinstance(error, OSError) and error.filename
-        message = f"{error.filename}: {error.strerror}" if named else str(error)
+        message = f"{error.filename}: {error.strerror}" if named else f"{error}{origin(error)}"
         one_line = " ".join(message.split())  # other libraries' messages may span lines
         # A single write, because the processes of torchrun write to one terminal.
         sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {one_line}\n")
@@ -40,6 +41,16 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def origin(error: ValueError | OSError) -> str:
+    """Where a ValueError comes from that this project does not raise itself, as in a changed model:
+    " (FILE:LINE)". For other errors ""."""
+    root, frames = Path(__file__).parent.parent, traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if Path(f.filename).parent in (root, root / "data", root / "tests")]
+    if isinstance(error, OSError) or own[-1] is frames[-1] and own[-1].line.startswith("raise"):
+        return ""
+    return f" ({os.path.relpath(own[-1].filename, root)}:{own[-1].lineno})"
 
 
 @contextmanager

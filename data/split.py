@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.tokenizer_json import Tokenizer
-from data.tokens import CHUNK, SPLITS, all_tokens, token_dtype
+from data.tokens import CHUNK, SPLITS, text_sizes, token_dtype
 
 SEQUENCE = 1025  # tokens: a side that is shorter cannot train models with a block_size of 1024
 
@@ -116,8 +116,7 @@ def divide(folder: Path, ends: np.ndarray, cuts: np.ndarray,
                 # a document that is cut ends twice, once on either side
                 yield split, ids if rest or ids[-1] == eot else np.append(ids, eot)
 
-    n_bytes = np.array([len(token) for token in all_tokens(encoding)])
-    n_bytes[eot] = 0  # it stands for no text
+    sizes = text_sizes(encoding)
     counts = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
     hashes = {split: hashlib.sha256() for split in SPLITS}
     with (open(folder / "train.bin", "rb") as source, open(folder / "train.bin", "r+b") as train,
@@ -130,7 +129,7 @@ def divide(folder: Path, ends: np.ndarray, cuts: np.ndarray,
             files[split].write(ids)
             hashes[split].update(ids)
             counts[split].update(documents=int((ids == eot).sum()), tokens=len(ids),
-                                 bytes=int(n_bytes[ids].sum()))
+                                 bytes=int(sizes[ids].sum()))
             bar.update(len(ids))
         train.truncate()
     return {split: dict(counts[split], sha256=hashes[split].hexdigest()) for split in SPLITS}

@@ -99,6 +99,13 @@ def all_tokens(tokenizer: Tokenizer) -> list[bytes]:
     return [token_bytes(tokenizer, token) for token in range(tokenizer.n_vocab)]
 
 
+def text_sizes(tokenizer: Tokenizer) -> np.ndarray:
+    """The bytes of text that each id stands for: an end of text for none."""
+    sizes = np.array([len(token) for token in all_tokens(tokenizer)])
+    sizes[tokenizer.eot_token] = 0
+    return sizes
+
+
 def check_tokenizer(folder: str, name: str) -> None:
     """Raises ValueError if prepared data are not in the tokens of a model's tokenizer. `name` is
     what `load_tokenizer` takes for that."""

@@ -59,7 +59,7 @@ from data.evaluation import bits_per_byte, evaluate
 from data.figures import PEAK_FLOPS, flops_per_token, knocks_of, of_gpu
 from data.log import Log
 from data.script import run_script
-from data.tokens import open_tokens
+from data.tokens import load_tokenizer, open_tokens
 from kha import Config, Heads, Knock, Transformer
 from train import TrainConfig, check_run, make_optimizer, parse_config
 
@@ -174,7 +174,8 @@ def run_nanogpt(config: Config, train: TrainConfig, device: str) -> None:
     model = Loss(getattr(trained["raw_model"], "_orig_mod", trained["raw_model"]))  # not compiled
     with trained["ctx"]:
         loss = evaluate(model, held_out, config.block_size, train.micro_batch, device).item()
-    bpb = bits_per_byte(loss, meta["val"])
+    tokenizer = load_tokenizer(meta["tokenizer"])
+    bpb = loss * bits_per_byte(held_out, config.block_size, tokenizer)
     log.write(step=train.steps, val_loss=loss, val_bpb=bpb, knocks={})
     print(f"step {train.steps}: held-out loss {loss:.4f} nats per token, {bpb:.4f} bits per byte")
 

@@ -150,8 +150,10 @@ T975 = (
 def interval(values: list[float]) -> tuple[float, float]:
     """The mean, and half the 95% interval around it: nan for a single value."""
     n = len(values)
-    half = T975[n - 2] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
-    return statistics.fmean(values), half
+    if n < 2:
+        return statistics.fmean(values), math.nan
+    t = T975[min(n - 2, len(T975) - 1)]  # of more values t is smaller, by at most 4%
+    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
 
 
 class Findings:
@@ -180,9 +182,10 @@ class Findings:
             baseline = baselines.get(seed)
             if baseline is None or None in (result["val_loss"], baseline["val_loss"]):
                 continue
-            for name in result["settings"].keys() & baseline["settings"].keys():
-                same = result["settings"][name] == baseline["settings"][name]
-                if not same and not name.startswith("knock"):
+            one, two = ({**r["settings"], "eval_tokens": r["eval_tokens"]}
+                        for r in (result, baseline))
+            for name in one.keys() & two.keys():
+                if one[name] != two[name] and not name.startswith("knock"):
                     raise ValueError(
                         f"the runs {result['run']!r} and {baseline['run']!r} differ in {name}: they"
                         " are of two versions, so delete the older line and run the study again"
@@ -200,11 +203,13 @@ class Findings:
         return [row for row in every if self.differences(*row)]
 
     def course(self, group: str, kind: str) -> dict[int, list[float]]:
-        """The differences at each evaluation where both losses are finite, by the tokens until
-        then."""
+        """The differences at each evaluation that both runs had, with finite losses, by the tokens
+        until then."""
         found = {}
         for one, two in self.pairs(group, kind):
-            for (step, loss, _), (_, baseline, _) in zip(one["evals"], two["evals"], strict=True):
+            baselines = {step: loss for step, loss, _ in two["evals"]}
+            for step, loss, _ in one["evals"]:
+                baseline = baselines.get(step)
                 if None not in (loss, baseline):
                     tokens = step * one["settings"]["batch_tokens"]
                     found.setdefault(tokens, []).append(loss - baseline)

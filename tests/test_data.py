@@ -544,6 +544,7 @@ def test_an_error_shows_which_fields_there_are(ending, run_here):
 BAD_ROWS = [
     "{not json", "{}", '{"text": null}', '{"body": "x"}', '{"text": 3}', '["text"]', "text", "7",
     r'{"text": "\ud800"}', "[" * 100_000 + "]" * 100_000, "caf\udce9", '{"text": ["a"]}',
+    r'{"text": "a\u0000"}',
 ]
 
 
@@ -554,12 +555,12 @@ def rows_with(bad, n):
 
 
 def test_bad_rows_are_skipped_and_counted(capsys):
-    write("a.jsonl", rows_with(BAD_ROWS, 1200))
+    write("a.jsonl", rows_with(BAD_ROWS, 1300))
     main(["a.jsonl", "--out", "out"])
     output = capsys.readouterr().out
-    assert " 12 bad rows" in output and "skipped are, for example, a.jsonl:" in output
-    assert load_meta("out")["skipped_rows"] == 12
-    assert len(all_documents()) == 1188
+    assert " 13 bad rows" in output and "skipped are, for example, a.jsonl:" in output
+    assert load_meta("out")["skipped_rows"] == 13
+    assert len(all_documents()) == 1287
 
 
 @pytest.mark.parametrize("bad", BAD_ROWS)

@@ -454,6 +454,19 @@ def test_what_ends_a_script_is_one_line_at_most(error, code, shown, run_here):
     assert (done.returncode, done.stdout, done.stderr) == (code, "", shown)
 
 
+def test_an_error_that_we_do_not_raise_says_where_it_is(run_here):
+    """It may be in code that the user has changed."""
+    def end(argv):
+        one, two = argv
+
+    done = run_here(end, 1, 2, 3)
+    line = end.__code__.co_firstlineno + 1
+    assert done.stderr == (
+        "test_faults.py: error: too many values to unpack (expected 2)"
+        f" (tests/test_faults.py:{line})\n"
+    )
+
+
 def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
     progress = Progress(total=3, done=0)
     for step, seconds in ((1, 3600), (2, -1), (3, 3600)):

@@ -415,6 +415,14 @@ def test_runs_of_two_versions_are_never_compared():
     results = [result(runs[0], 1.0), result(runs[1], 0.9, settings=settings)]
     with pytest.raises(ValueError, match="differ in batch_tokens"):
         report.report("tiny", study.Study("", runs), results)
+    results = [result(runs[0], 1.0), result(runs[1], 0.9, eval_tokens=1024)]
+    with pytest.raises(ValueError, match="differ in eval_tokens"):
+        report.report("tiny", study.Study("", runs), results)
+
+
+def test_many_pairs_have_an_interval():
+    mean, half = report.interval([1.0, 3.0] * 50)
+    assert mean == 2 and 1.98 / 100**0.5 < half < 2.06 / 100**0.5
 
 
 def test_a_caption_names_all_versions():

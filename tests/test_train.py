@@ -4,22 +4,22 @@ import copy
 import dataclasses
 import math
 import shutil
-from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
 import train
 from data.checkpoint import load_checkpoint, restore
-from data.device import Moment, graphed, on_side_stream, start_compilers
-from data.evaluation import evaluate
+from data.device import Moment, graphed, start_compilers
+from data.evaluation import bits_per_byte, evaluate
 from data.figures import flops_per_token, memory_advice
 from data.hf import export_hf
 from data.log import Log
-from data.tokens import draw_batch, load_meta, load_tokenizer
+from data.tokens import draw_batch, load_meta, load_tokenizer, open_tokens
 from kha import CONFIGS, Config, Transformer
 from tests.reference import scramble
 from tests.report import read_log
@@ -50,9 +50,9 @@ def test_a_run_learns_logs_saves_and_samples(data, tmp_path, capsys):
     schedule = TrainConfig(lr=0.01, steps=30)
     assert [line["lr"] for line in steps] == [lr_at(step, schedule) for step in range(30)]
     assert [line["step"] for line in evals] == [10, 20, 30]
-    counts = load_meta(data)["val"]  # a byte is a token, and the end of a text is one, too
-    bits = evals[-1]["val_loss"] / math.log(2) * counts["tokens"]
-    assert evals[-1]["val_bpb"] == pytest.approx(bits / counts["bytes"], rel=1e-6)
+    measured = open_tokens(data, "val")[1:513]  # a byte is a token, and the end of a text is one
+    bits = evals[-1]["val_loss"] / math.log(2) * 512 / (measured != 256).sum()
+    assert evals[-1]["val_bpb"] == pytest.approx(bits, rel=1e-6)
     diagonal, rest = evals[-1]["knocks"]["blocks.0.attn.wv.knock.down"]
     assert diagonal == pytest.approx(1, abs=0.3) and rest > 0
     shown = capsys.readouterr().out
@@ -354,25 +354,6 @@ def test_an_update_of_one_micro_batch_in_each_process_becomes_a_graph(monkeypatc
     assert not train.becomes_graph(model, TrainConfig(micro_batch=4, batch_tokens=32), 1)
 
 
-def test_work_on_the_side_stream_comes_between_what_is_before_and_after(monkeypatch):
-    said = []
-
-    class Stream:
-        def __init__(self, name):
-            self.name = name
-
-        def wait_stream(self, other):
-            said.append(f"{self.name} waits for {other.name}")
-
-    default, side = Stream("default"), Stream("side")
-    monkeypatch.setattr("data.device.side_stream", lambda: side)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: default)
-    monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext(said.append(s.name)))
-    with on_side_stream():
-        said.append("work")
-    assert said == ["side waits for default", "side", "work", "default waits for side"]
-
-
 @pytest.mark.parametrize("n_process, n_before", [(1, 1), (2, 11)])
 def test_a_graph_comes_after_some_calls_and_reads_one_place(n_process, n_before, monkeypatch):
     places, captured = [], []
@@ -418,6 +399,17 @@ def test_evaluation_is_the_mean_over_the_first_tokens():
     model.train()
     assert evaluate(model, tokens[:48], 8, 2, "cpu").item() == pytest.approx(expected, rel=1e-5)
     assert model.training and not model.moes()[0].load.any()  # experts were chosen in eval mode
+
+
+def test_bits_per_byte_are_those_of_the_tokens_that_were_measured():
+    """Here token 257 is three bytes, and 258 the end of a text, which has none."""
+    ranks = {**{bytes([i]): i for i in range(256)}, b"ab": 256, b"abc": 257}
+    tokenizer = tiktoken.Encoding(
+        "abc", pat_str=".+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258}
+    )
+    tokens = np.array([257, 257, 65, 258, 66, 257])  # of these 4 or 5 are predicted
+    assert bits_per_byte(tokens, 4, tokenizer) == pytest.approx(4 / 5 / math.log(2))
+    assert bits_per_byte(tokens, 5, tokenizer) == pytest.approx(5 / 8 / math.log(2))
 
 
 # --- starting from weights that are there ---
