@@ -267,8 +267,7 @@ def loss_table(findings: Findings) -> str:
     """A row for each group and kind: means and sums over seeds, and the difference to the
     baseline."""
     groups = findings.study.groups
-    head = ["knocks", "held-out loss", "bits per byte", "spikes", "skipped", "runs",
-            "difference", "pairs"]  # fmt: skip
+    head = ["knocks", "held-out loss", "spikes", "skipped", "runs", "difference", "pairs"]
     rows = [[groups, *head] if groups else head]
     for group in findings.groups:
         for kind in findings.kinds:
@@ -277,9 +276,8 @@ def loss_table(findings: Findings) -> str:
                 continue
             ended = [run for run in runs if run["val_loss"] is not None]
             row = [group, kind] if groups else [kind]
-            for key in ("val_loss", "val_bpb"):
-                mean = f"{statistics.fmean(run[key] for run in ended):.4f}" if ended else "diverged"
-                row.append(mean)
+            losses = [run["val_loss"] for run in ended]
+            row.append(f"{statistics.fmean(losses):.4f}" if losses else "diverged")
             row += [str(sum(run[key] for run in runs)) for key in ("spikes", "skipped")]
             n_diverged = len(runs) - len(ended)
             row.append(f"{len(runs)} ({n_diverged} diverged)" if n_diverged else str(len(runs)))
@@ -343,16 +341,15 @@ def best_runs(findings: Findings) -> dict[str, dict]:
 def time_table(findings: Findings) -> str:
     """A row for each run of time_to_loss. The best of each kind says when it is where nanoGPT's
     best run ends."""
-    rows = [["", "learning rate", "held-out loss", "bits per byte", "ktokens/s", "training, s",
+    rows = [["", "learning rate", "held-out loss", "ktokens/s", "training, s",
              "reaches nanoGPT's loss after", "sooner"]]  # fmt: skip
     best = best_runs(findings)
     theirs = best.get("nanoGPT")
     for kind, group in product(findings.kinds, findings.groups):
         for run in findings.results.get((group, kind), {}).values():
             name = kind if kind == "nanoGPT" else f"ours, {kind}"
-            losses, passing = ["diverged", ""], ["", ""]
-            if run["val_loss"] is not None:
-                losses = [f"{run['val_loss']:.4f}", f"{run['val_bpb']:.4f}"]
+            loss = "diverged" if run["val_loss"] is None else f"{run['val_loss']:.4f}"
+            passing = ["", ""]
             if theirs and kind != "nanoGPT" and run is best.get(kind):
                 step, passing = passing_step(run, theirs["val_loss"]), ["never", ""]
                 if step < math.inf:
@@ -361,7 +358,7 @@ def time_table(findings: Findings) -> str:
                     passing = [f"{time:.0f} s, {share:.0%} of the updates", f"{ratio:.2f} x"]
             speed = run["tokens_per_s"]
             speeds = [f"{speed / 1e3:.1f}", f"{run['tokens'] / speed:.0f}"]
-            rows.append([name, group, *losses, *speeds, *passing])
+            rows.append([name, group, loss, *speeds, *passing])
     return markdown(rows)
 
 
