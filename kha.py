@@ -428,8 +428,10 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
     base model, add_knocks, load_state_dict. With LoRA beside a linear knock: fold, then merge."""
     if isinstance(model, Transformer):
         raise ValueError("a Transformer has its knocks by Config: set knock_q, knock_k, knock_v")
-    if kind not in ("linear", "mlp") or not isinstance(head_dim, int):
-        raise ValueError(f"kind must be linear or mlp, head_dim an int, not {kind!r}, {head_dim!r}")
+    if kind not in ("linear", "mlp"):
+        raise ValueError(f"kind must be linear or mlp, not {kind!r}")
+    if not isinstance(head_dim, int):
+        raise ValueError(f"head_dim must be an int, not {head_dim!r}")
     matches = {}  # of a module with several names the first counts
     for name, part in model.named_modules(remove_duplicate=False):
         if fnmatch.fnmatchcase(name, pattern):
@@ -543,6 +545,8 @@ def check_fields(config, choices: dict, may_be_zero: tuple[str, ...]) -> None:
         name, value, zero = field.name, getattr(config, field.name), field.name in may_be_zero
         if name in choices and value not in choices[name]:
             raise ValueError(f"{name} must be one of {', '.join(choices[name])}, not {value!r}")
+        if field.type in (int, float) and not isinstance(value, (int, field.type)):
+            raise ValueError(f"{name} must be of type {field.type.__name__}, not {value!r}")
         if field.type in (int, float) and not (0 < value < 2**63 or zero and value == 0):
             raise ValueError(f"{name} must be {'>= 0' if zero else '> 0'} and < 2^63, not {value}")
 
@@ -567,7 +571,7 @@ def check_config(c: Config) -> None:
          f" set it, to {4 * c.head_dim * c.n_kv_head} for example"),
         (not mla and (c.kv_rank or c.q_rank), "kv_rank and q_rank belong to mla: leave them 0"),
         ((c.n_expert == 0) != (c.top_k == 0) or c.top_k > c.n_expert,
-         f"top_k must be in 1..n_expert (both 0 if dense), not {c.top_k} of {c.n_expert}"),
+         f"top_k must be in 1..n_expert, or 0 if n_expert is 0, not {c.top_k} of {c.n_expert}"),
         (c.n_expert and (c.n_embd % 8 or c.d_ff % 8),  # grouped_mm reads rows of whole 16 bytes
          f"with experts, n_embd and d_ff must be multiples of 8, not {c.n_embd} and {c.d_ff}"),
     ]:

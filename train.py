@@ -447,7 +447,7 @@ def main(argv: list[str]) -> None:
         log.say(f"stopped by a signal, saved after step {done} of {train.steps}: --resume goes on")
     elif start == train.steps:
         log.say(f"nothing to train: all {start} steps are done (give more --steps)")
-    if train.sample_tokens and (not stopping or last):
+    if train.sample_tokens and not stopping:
         torch.compiler.set_stance("force_eager")  # each length would be compiled for itself
         # All processes sample, because with FSDP each has a part of the weights. One prints.
         with nullcontext() if rank == 0 else redirect_stdout(None):

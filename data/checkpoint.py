@@ -103,7 +103,7 @@ class Saver:
     """
 
     def __init__(self, folder: str, start: int, best: float, model: nn.Module | None = None):
-        self.folder, self.best, self.memory = folder, best, None
+        self.folder, self.last, self.best, self.memory = folder, start, best, None
         self.thread, self.work = ThreadPoolExecutor(1), None
         if model is not None:
             weights = sharded.get_model_state_dict(model)
@@ -147,7 +147,8 @@ class Saver:
         if improves:
             self.best = loss
         more = {"format": FORMAT, "best_loss": self.best}
-        save_checkpoint(self.folder, {**checkpoint, **more}, improves)
+        save_checkpoint(self.folder, {**checkpoint, **more}, self.last, improves)
+        self.last = checkpoint["step"]
 
     def wait(self) -> None:
         """Wait until all is on the disk. Raises OSError if a checkpoint could not be written, or if
@@ -169,10 +170,10 @@ class Saver:
             self.wait()
 
 
-def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
-    """Write a checkpoint to folder/step-N.pt, where N is its "step". Keep it and the one before,
-    and remove all others. (Those after N are damaged, or the run would have gone on from them.)
-    `best` makes it best.pt as well.
+def save_checkpoint(folder: str, checkpoint: dict, last: int = 0, best: bool = False) -> None:
+    """Write a checkpoint to folder/step-N.pt, where N is its "step". Keep it and that of the step
+    `last`, the newest that is known to be whole, and remove all others. `best` makes it best.pt as
+    well.
 
     A file appears whole or not at all: it is written under another name, brought to the disk and
     then renamed. Raises OSError if it cannot be written; the earlier ones then stand.
@@ -199,10 +200,9 @@ def save_checkpoint(folder: str, checkpoint: dict, best: bool = False) -> None:
         raise OSError(f"cannot save to {folder} ({reason}): {way_on(folder)}") from error
     os.replace(temporary, os.path.join(folder, name))
     sync_names(folder)  # before an old file goes
-    saved = list_checkpoints(folder)
-    last_two = [path for path in saved if os.path.basename(path) <= name][:2]
-    for path in set(saved) - set(last_two):
-        os.remove(path)
+    for path in list_checkpoints(folder):
+        if os.path.basename(path) not in (name, f"step-{last:08d}.pt"):
+            os.remove(path)
 
 
 def remove(*paths: str) -> None:

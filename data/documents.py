@@ -247,8 +247,9 @@ class LeftOut:
         """Raises ValueError if more than 1% of the rows, or of `at_least`, were skipped."""
         if self.skipped_rows > max(self.rows, at_least) / 100:
             raise ValueError(f"{self.skipped_rows:,} of {self.rows:,} rows, more than 1%, have no "
-                             f"valid text in the field {field!r}: {'; '.join(self.row_examples)}: "
-                             "mend them (of JSON each line is a row) or name another --field")
+                             f"valid text in the field {field!r}: name another --field, or mend "
+                             "them (of JSON each line is a row, and a comma separates fields of a "
+                             f".csv). They are {'; '.join(self.row_examples)}")
 
 
 def read_documents(sources: list[Source], field: str, left_out: LeftOut) -> Iterator[Document]:
@@ -285,7 +286,8 @@ def read_text(source: Source, left_out: LeftOut) -> Iterator[Document]:
     except ValueError as error:
         if not source.found:
             raise ValueError(
-                f"{source.name} is not UTF-8 text ({error}): convert or omit it") from error
+                f"{source.name} is not UTF-8 text ({error}): convert or omit it, or unpack it"
+                " (only .gz and .zst are read packed)") from error
         left_out.skip_file(source.name, "not UTF-8 text")
         return
     yield Document(source.name, digest, read_again(source))

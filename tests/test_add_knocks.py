@@ -380,13 +380,13 @@ def test_a_weight_that_is_computed_is_not_folded_into(compute, name):
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (("lin", "*.v_proj", 8), "kind must be linear or mlp, head_dim an int, not 'lin', 8"),
+        (("lin", "*.v_proj", 8), "kind must be linear or mlp, not 'lin'"),
         (("mlp", "*.value", 8), "no module's name matches '\\*.value'"),
         (("mlp", "?", 8), "0 is a Values, not an nn.Linear"),
         (("mlp", "*", 8), "the model is a Sequential, not an nn.Linear"),
         (("mlp", "*.v_proj", 7), "outputs 0:16:1 of 0.v_proj are not heads of 7"),
-        (("mlp", "*.v_proj", None), "head_dim an int, not 'mlp', None"),
-        (("mlp", "*.v_proj", 16 / 2), "head_dim an int, not 'mlp', 8.0"),
+        (("mlp", "*.v_proj", None), "head_dim must be an int, not None"),
+        (("mlp", "*.v_proj", 16 / 2), "head_dim must be an int, not 8.0"),
         (("mlp", "*.v_proj", 0), "are not heads of 0"),
         (("mlp", "*.v_proj", -8), "are not heads of -8"),
         (("linear", "*.v_proj", 8, slice(16, 24)), "outputs 16:16:1 of"),

@@ -41,9 +41,9 @@ def tiny_checkpoint(step):
 def test_checkpoints_come_back_and_the_last_two_are_kept(tmp_path, strict_disk):
     folder = tmp_path / "run [1]"  # a name that is also a pattern
     folder.mkdir()
-    for step in (5, 10, 100):
+    for last, step in ((0, 5), (5, 10), (10, 100)):
         model, checkpoint = tiny_checkpoint(step)
-        save_checkpoint(folder, checkpoint)
+        save_checkpoint(folder, checkpoint, last)
     assert names(folder) == ["step-00000010.pt", "step-00000100.pt"]
     tokens = torch.randint(50, (1, 8))
     for path in (folder, folder / "step-00000100.pt"):
@@ -86,7 +86,7 @@ def test_what_a_killed_run_left_is_not_written_to(tmp_path):
     for name in ("checkpoint.tmp", "best.tmp"):
         os.link(tmp_path / "best.pt", tmp_path / name)
     before = (tmp_path / "best.pt").read_bytes()
-    save_checkpoint(tmp_path, tiny_checkpoint(2)[1])
+    save_checkpoint(tmp_path, tiny_checkpoint(2)[1], last=1)
     assert (tmp_path / "best.pt").read_bytes() == before
     assert names(tmp_path) == ["best.pt", "step-00000001.pt", "step-00000002.pt"]
 
@@ -124,11 +124,11 @@ def test_a_disk_that_cannot_sync_folders_takes_checkpoints(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", fail)
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, tiny_checkpoint(step)[1])
+        save_checkpoint(tmp_path, tiny_checkpoint(step)[1], last=step - 1)
     assert names(tmp_path) == ["step-00000002.pt", "step-00000003.pt"]
     number = errno.EIO
     with pytest.raises(OSError, match="Input/output error") as error:
-        save_checkpoint(tmp_path, tiny_checkpoint(4)[1])
+        save_checkpoint(tmp_path, tiny_checkpoint(4)[1], last=3)
     assert error.value.filename == tmp_path
     assert names(tmp_path) == ["step-00000002.pt", "step-00000003.pt", "step-00000004.pt"]
 
@@ -201,7 +201,7 @@ def test_only_the_first_process_says_that_a_run_goes_on_from_an_older_one(
     rank, tmp_path, monkeypatch, capsys
 ):
     for step in (1, 2):
-        save_checkpoint(tmp_path, tiny_checkpoint(step)[1])
+        save_checkpoint(tmp_path, tiny_checkpoint(step)[1], last=step - 1)
     (tmp_path / "step-00000002.pt").write_bytes(b"")
     monkeypatch.setenv("RANK", rank)
     assert read_newest(list_checkpoints(str(tmp_path)))["step"] == 1

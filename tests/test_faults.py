@@ -366,16 +366,17 @@ def test_a_checkpoint_of_another_version_is_refused(halves):
         parse_config(["--out", str(halves), "--resume"])
 
 
-def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path):
-    """Run back to step 20, a run saves more often than before. What it kept must be two whole
+@pytest.mark.parametrize("step", [25, 35])
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(step, tmp_path):
+    """Run back to step 20, a run saves at another step than before. What it keeps must be two whole
     files."""
     config = dataclasses.asdict(parse_config(["toy"])[0])
     checkpoint = {"config": config, "model": {}, "tokenizer": "byte"}
     save_checkpoint(tmp_path, {**checkpoint, "step": 20})
     (tmp_path / "step-00000030.pt").write_bytes(b"damaged")
     (tmp_path / "step-best.pt").write_bytes(b"a copy of the user's")
-    save_checkpoint(tmp_path, {**checkpoint, "step": 25})
-    assert names(tmp_path) == ["step-00000020.pt", "step-00000025.pt", "step-best.pt"]
+    save_checkpoint(tmp_path, {**checkpoint, "step": step}, last=20)
+    assert names(tmp_path) == ["step-00000020.pt", f"step-000000{step}.pt", "step-best.pt"]
 
 
 def test_a_disk_full_while_saving_leaves_the_earlier_checkpoint(whole, halves, data, run_here):

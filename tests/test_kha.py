@@ -483,6 +483,8 @@ def test_what_a_fold_leaves():
         (dict(attention="gpa"), "attention must be one of gqa, gta, mla"),
         (dict(kv_rank=16), "belong to mla"),
         (dict(n_layer=0), "n_layer must be > 0"),
+        (dict(n_layer=2.5), "n_layer must be of type int, not 2.5"),
+        (dict(rope_base="x"), "rope_base must be of type float, not 'x'"),
         (dict(n_expert=-1), "n_expert must be >= 0"),
         (dict(n_expert=4, top_k=5), "top_k must be in 1..n_expert"),
         (dict(n_expert=4, top_k=2, d_ff=20), "multiples of 8"),

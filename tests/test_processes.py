@@ -133,12 +133,14 @@ def test_a_signal_ends_the_run_after_its_step(number, whole, data, tmp_path, cap
     assert_same_run(whole, tmp_path)
 
 
-def test_a_signal_in_the_last_update_changes_nothing(whole, data, tmp_path, capsys):
+def test_after_a_signal_in_the_last_update_the_run_is_finished_without_a_sample(
+    whole, data, tmp_path, capsys
+):
     with signalled(29, signal.SIGTERM):
         main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
     assert_same_run(whole, tmp_path)
     output = capsys.readouterr().out
-    assert "stopped by a signal" not in output and "\na" in output  # the sample
+    assert "stopped by a signal" not in output and "\na" not in output  # as the sample begins
 
 
 def test_under_nohup_a_closed_terminal_does_not_stop_a_run(whole, data, tmp_path):
