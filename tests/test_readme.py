@@ -36,6 +36,8 @@ def findings(study):
     ("`gpt2`, mlp on v, 82M tokens of Python source", "gpt2", 0, "82M", MLP),
     ("the same, as a control: a knock of its own for each head", "gpt2", 0, "82M",
      "mlp on v, one for each head, no decay"),
+    ("`gpt2`, mlp on q, k and v, which costs 8% of the speed", "gpt2", 0, "82M",
+     "mlp on q, k, v, no decay"),
     ("`gpt2`, mlp on v, 82M tokens of English books and manuals", "gpt2", 1, "82M", MLP),
     (SMALL, "types", 0, "", MLP),
     ("the same with 12 value heads", "kv_heads", 0, "12", MLP),
