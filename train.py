@@ -387,7 +387,7 @@ def main(argv: list[str]) -> None:
     held_out = open_tokens(train.data, "val")[: train.eval_tokens + 1]
     best = best_so_far(checkpoint, train.eval_tokens, meta["val"]["tokens"])
     tokenizer = load_tokenizer(meta["tokenizer"])
-    nat = bits_per_byte(held_out, T, tokenizer)  # of a token, in bits a byte
+    nat = bits_per_byte(held_out, T, tokenizer)  # what one nat a token is in bits a byte
     with advice_on_memory(config, train, n_process):
         model, wrapped = build_model(config, train, device, n_process)
         optimizer = make_optimizer(model, train)
