@@ -239,6 +239,15 @@ def test_of_little_text_all_is_measured(whole, tmp_path, capsys):
     assert f"({n - 1} of {n} held-out tokens of " in output and n < 32
 
 
+def test_sequences_longer_than_a_micro_batch_are_measured(text, tmp_path, capsys):
+    """A model of 8192 tokens or more: its sequences are measured one by one."""
+    prepare([text], str(tmp_path / "data"), val_fraction=0.5)
+    shape = dict(n_layer=1, n_embd=8, n_head=1, n_kv_head=1, head_dim=8, d_ff=8)
+    save(Transformer(Config(vocab_size=257, block_size=9000, **shape)), tmp_path)
+    main(["--checkpoint", str(tmp_path), "--device", "cpu", "--evaluate", str(tmp_path / "data")])
+    assert "in sequences of 9000)" in capsys.readouterr().out
+
+
 def test_data_that_have_changed_are_not_measured(whole, data, tmp_path, capsys):
     other = shutil.copytree(data, tmp_path / "data")
     change_token(other / "val.bin", 7)
