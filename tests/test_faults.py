@@ -468,6 +468,11 @@ def test_an_error_that_we_do_not_raise_says_where_it_is(run_here):
     )
 
 
+def test_an_error_of_the_system_has_no_place(run_here):
+    done = run_here(lambda argv: os.close(99_999))
+    assert done.stderr == "test_faults.py: error: [Errno 9] Bad file descriptor\n"
+
+
 def test_an_error_of_ours_needs_no_place_however_a_script_is_named(tmp_path):
     link = tmp_path / "link.py"
     link.symlink_to(ROOT / "data/prepare.py")
