@@ -47,10 +47,16 @@ def origin(error: ValueError | OSError) -> str:
     """Where a ValueError comes from that this project does not raise itself, as in a changed model:
     " (FILE:LINE)". For other errors ""."""
     root, frames = Path(__file__).parent.parent, traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if Path(f.filename).parent in (root, root / "data", root / "tests")]
-    if isinstance(error, OSError) or own[-1] is frames[-1] and own[-1].line.startswith("raise"):
+    folders, own = [(root / name).resolve() for name in ("", "data", "tests")], []
+    for frame in frames:
+        # A script's name is as it was given, maybe a link. "<string>" is no file.
+        path = Path(frame.filename).resolve()
+        if os.path.isabs(frame.filename) and path.parent in folders:
+            own.append((frame, path))
+    last, path = own[-1]
+    if isinstance(error, OSError) or last is frames[-1] and last.line.startswith("raise"):
         return ""
-    return f" ({os.path.relpath(own[-1].filename, root)}:{own[-1].lineno})"
+    return f" ({os.path.relpath(path, folders[0])}:{last.lineno})"
 
 
 @contextmanager

@@ -468,6 +468,19 @@ def test_an_error_that_we_do_not_raise_says_where_it_is(run_here):
     )
 
 
+def test_an_error_of_the_system_has_no_place(run_here):
+    done = run_here(lambda argv: os.close(99_999))
+    assert done.stderr == "test_faults.py: error: [Errno 9] Bad file descriptor\n"
+
+
+def test_an_error_of_ours_needs_no_place_however_a_script_is_named(tmp_path):
+    link = tmp_path / "link.py"
+    link.symlink_to(ROOT / "data/prepare.py")
+    for script in (link, "tests/../data/prepare.py"):
+        done = run_process("--val_fraction", 3, script=script)
+        assert done.stderr.endswith("at most 0.5, not 3\n")
+
+
 def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys):
     progress = Progress(total=3, done=0)
     for step, seconds in ((1, 3600), (2, -1), (3, 3600)):

@@ -17,6 +17,7 @@ import torch
 from data.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from data.device import can_capture, pick_device
 from data.evaluation import evaluate
+from data.loss import chunk_loss
 from data.prepare import prepare
 from data.tokens import load_meta, load_tokenizer, open_tokens
 from kha import Config, Transformer
@@ -237,6 +238,25 @@ def test_of_little_text_all_is_measured(whole, tmp_path, capsys):
     ids = torch.tensor([open_tokens(tmp_path / "data", "val").tolist()])
     assert output.startswith(f"{model.eval()(ids[:, :-1], ids[:, 1:]):.4f} nats per token, ")
     assert f"({n - 1} of {n} held-out tokens of " in output and n < 32
+
+
+def test_sequences_longer_than_a_micro_batch_are_measured(
+    text, tmp_path, capsys, monkeypatch
+):
+    """Each one alone, by the loss in chunks, or it would need too much memory."""
+    prepare([text], str(tmp_path / "data"), val_fraction=0.5)
+    shape = dict(n_layer=1, n_embd=8, n_head=1, n_kv_head=1, head_dim=8, d_ff=8)
+    save(Transformer(Config(vocab_size=257, block_size=9000, **shape)), tmp_path)
+    sizes = []
+
+    def count(x, *rest):
+        sizes.append(len(x))
+        return chunk_loss(x, *rest)
+
+    monkeypatch.setattr("data.loss.chunk_loss", count)
+    main(["--checkpoint", str(tmp_path), "--device", "cpu", "--evaluate", str(tmp_path / "data")])
+    assert "in sequences of 9000)" in capsys.readouterr().out
+    assert len(sizes) > 1 and set(sizes) == {9000}
 
 
 def test_data_that_have_changed_are_not_measured(whole, data, tmp_path, capsys):

@@ -420,6 +420,16 @@ def test_runs_of_two_versions_are_never_compared():
         report.report("tiny", study.Study("", runs), results)
 
 
+def test_the_course_of_a_difference_is_of_the_evaluations_that_both_runs_had():
+    runs = study.grid({"": "toy"}, ["none", "mlp on v"], [1])
+    evals = [[[10, 3.0, 0], [20, 2.0, 0], [30, None, 0], [40, 1.0, 0]],
+             [[20, 1.5, 0], [30, 1.25, 0], [40, 0.75, 0], [50, 0.5, 0]]]  # fmt: skip
+    results = [result(run, 1.0, evals=e) for run, e in zip(runs, evals, strict=True)]
+    batch = 100  # tokens, of `result`
+    course = report.Findings(study.Study("", runs), results).course("", runs[1].kind)
+    assert course == {20 * batch: [-0.5], 40 * batch: [-0.25]}
+
+
 def test_many_pairs_have_an_interval():
     mean, half = report.interval([1.0, 3.0] * 50)
     assert mean == 2 and 1.98 / 100**0.5 < half < 2.06 / 100**0.5

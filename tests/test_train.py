@@ -401,7 +401,7 @@ def test_evaluation_is_the_mean_over_the_first_tokens():
     assert model.training and not model.moes()[0].load.any()  # experts were chosen in eval mode
 
 
-def test_bits_per_byte_are_those_of_the_tokens_that_were_measured():
+def test_bits_per_byte_are_those_of_the_tokens_that_were_measured(monkeypatch):
     """Here token 257 is three bytes, and 258 the end of a text, which has none."""
     ranks = {**{bytes([i]): i for i in range(256)}, b"ab": 256, b"abc": 257}
     tokenizer = tiktoken.Encoding(
@@ -410,6 +410,9 @@ def test_bits_per_byte_are_those_of_the_tokens_that_were_measured():
     tokens = np.array([257, 257, 65, 258, 66, 257])  # of these 4 or 5 are predicted
     assert bits_per_byte(tokens, 4, tokenizer) == pytest.approx(4 / 5 / math.log(2))
     assert bits_per_byte(tokens, 5, tokenizer) == pytest.approx(5 / 8 / math.log(2))
+    monkeypatch.setattr("data.evaluation.CHUNK", 2)  # many tokens are read in pieces
+    assert bits_per_byte(tokens, 5, tokenizer) == pytest.approx(5 / 8 / math.log(2))
+    assert math.isfinite(bits_per_byte(tokens[2:4], 1, tokenizer))  # no text, and no error
 
 
 # --- starting from weights that are there ---
