@@ -31,6 +31,7 @@ from data.tokens import (
     load_tokenizer,
     open_tokens,
     token_bytes,
+    tokenizer_for_checkpoint,
     verify_tokens,
 )
 from kha import Common, Transformer, fold
@@ -278,11 +279,11 @@ def write_samples(
 # Measuring
 
 
-def measure(model: Transformer, tokenizer: str, folder: str, device: str) -> None:
+def measure(model: Transformer, tokenizer: Tokenizer, folder: str, device: str) -> None:
     """Print a model's held-out loss on prepared data. Raises ValueError if the data have changed,
     are in other tokens than the model's, or too few."""
     tokens = open_tokens(folder, "val")
-    check_tokenizer(folder, tokenizer)
+    check_tokenizer(folder, tokenizer_for_checkpoint(tokenizer))
     length = min(model.config.block_size, len(tokens) - 1)
     if length < 1:
         raise ValueError(f"{folder} holds out {len(tokens)} tokens: prepare more text")
@@ -290,7 +291,7 @@ def measure(model: Transformer, tokenizer: str, folder: str, device: str) -> Non
     model.loss = chunked_loss(compiles=False)  # logits of many token ids need much memory
     micro_batch = max(1, 8192 // length)
     loss = evaluate(model, tokens, length, micro_batch, device, shows=True).item()
-    bits = loss * bits_per_byte(tokens, length, load_tokenizer(tokenizer))
+    bits = loss * bits_per_byte(tokens, length, tokenizer)
     n = (len(tokens) - 1) // length * length  # a sequence that is cut short is not measured
     print(
         f"{loss:.4f} nats per token, {bits:.4f} bits per byte"
@@ -354,7 +355,7 @@ def main(argv: list[str]) -> None:
     if data:
         if device.startswith("cuda"):
             model.compute_dtype = torch.bfloat16  # as in training
-        measure(model, checkpoint["tokenizer"], data, device)
+        measure(model, tokenizer, data, device)
         return
     lighten(model)
     if compiled:

@@ -21,7 +21,15 @@ from data.loss import chunk_loss
 from data.prepare import prepare
 from data.tokens import load_meta, load_tokenizer, open_tokens
 from kha import Config, Transformer
-from sample import Cache, compile_steps, generate, main, sample_logits, write_samples
+from sample import (
+    Cache,
+    compile_steps,
+    generate,
+    lighten,
+    main,
+    sample_logits,
+    write_samples,
+)
 from tests.reference import scramble
 from tests.runs import ROOT, change_token
 
@@ -327,6 +335,14 @@ def test_the_step_is_captured_once_after_it_has_run(n_prompt, model, monkeypatch
     assert new_tokens(model, [1] * n_prompt, 2, 6) == right
     (before,) = captured
     assert before.count((2, 1)) == 1
+
+
+@pytest.mark.gpu
+def test_for_sampling_all_but_the_routers_becomes_bfloat16():
+    model = lighten(Transformer(Config(**TINY, n_expert=4, top_k=2)).to("cuda"))
+    dtypes = {name.split(".")[-1]: p.dtype for name, p in model.named_parameters()}
+    assert dtypes.pop("router") == torch.float32
+    assert set(dtypes.values()) == {torch.bfloat16}
 
 
 @pytest.mark.gpu
