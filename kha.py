@@ -545,9 +545,11 @@ def check_fields(config, choices: dict, may_be_zero: tuple[str, ...]) -> None:
         name, value, zero = field.name, getattr(config, field.name), field.name in may_be_zero
         if name in choices and value not in choices[name]:
             raise ValueError(f"{name} must be one of {', '.join(choices[name])}, not {value!r}")
-        if field.type in (int, float) and not isinstance(value, (int, field.type)):
+        if field.type not in (int, float):
+            continue
+        if not isinstance(value, (int, field.type)):
             raise ValueError(f"{name} must be of type {field.type.__name__}, not {value!r}")
-        if field.type in (int, float) and not (0 < value < 2**63 or zero and value == 0):
+        if not (0 < value < 2**63 or zero and value == 0):
             raise ValueError(f"{name} must be {'>= 0' if zero else '> 0'} and < 2^63, not {value}")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data.checkpoint import load_checkpoint
 from data.device import can_capture, capture, copy_to_cpu, pick_device
-from data.evaluation import bits_per_byte, evaluate
+from data.evaluation import bits_per_byte, evaluate, n_predicted
 from data.hf import export_hf
 from data.loss import chunked_loss
 from data.script import new_parser, parse_args, run_script
@@ -292,10 +292,10 @@ def measure(model: Transformer, tokenizer: Tokenizer, folder: str, device: str) 
     micro_batch = max(1, 8192 // length)
     loss = evaluate(model, tokens, length, micro_batch, device, shows=True).item()
     bits = loss * bits_per_byte(tokens, length, tokenizer)
-    n = (len(tokens) - 1) // length * length  # a sequence that is cut short is not measured
     print(
         f"{loss:.4f} nats per token, {bits:.4f} bits per byte"
-        f" ({n:,} of {len(tokens):,} held-out tokens of {folder}, in sequences of {length})"
+        f" ({n_predicted(tokens, length):,} of {len(tokens):,} held-out tokens of {folder},"
+        f" in sequences of {length})"
     )
 
 

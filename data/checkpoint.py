@@ -178,7 +178,7 @@ def save_checkpoint(folder: str, checkpoint: dict, last: int = 0, best: bool = F
     A file appears whole or not at all: it is written under another name, brought to the disk and
     then renamed. Raises OSError if it cannot be written; the earlier ones then stand.
     """
-    name = f"step-{checkpoint['step']:08d}.pt"
+    name = step_file(checkpoint["step"])
     temporary, second = os.path.join(folder, "checkpoint.tmp"), os.path.join(folder, "best.tmp")
     try:
         # What a killed run left may be best.pt under another name: it must not be written to.
@@ -201,7 +201,7 @@ def save_checkpoint(folder: str, checkpoint: dict, last: int = 0, best: bool = F
     os.replace(temporary, os.path.join(folder, name))
     sync_names(folder)  # before an old file goes
     for path in list_checkpoints(folder):
-        if os.path.basename(path) not in (name, f"step-{last:08d}.pt"):
+        if os.path.basename(path) not in (name, step_file(last)):
             os.remove(path)
 
 
@@ -224,6 +224,11 @@ def best_so_far(checkpoint: dict | None, eval_tokens: int, held_out: int) -> flo
     warn(f"how good best.pt is on {n_now} sequences is not known: the next checkpoint after an"
          " evaluation replaces it")
     return math.inf
+
+
+def step_file(step: int) -> str:
+    """The name of the checkpoint after so many updates. Names sort as steps do."""
+    return f"step-{step:08d}.pt"
 
 
 def list_checkpoints(folder: str) -> list[str]:
@@ -252,7 +257,7 @@ def check_none_newer(folder: str, step: int) -> None:
     Then another run has saved it since this one looked for checkpoints."""
     for path in list_to_resume(folder):
         name = os.path.basename(path)
-        if step and (name == "best.pt" or name <= f"step-{step:08d}.pt"):
+        if step and (name == "best.pt" or name <= step_file(step)):
             return  # it is not newer, nor are those after it
         try:
             found = read_checkpoint(path)["step"]

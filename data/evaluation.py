@@ -35,10 +35,15 @@ def evaluate(model: nn.Module, tokens: np.ndarray, length: int, micro_batch: int
     return total / len(starts)
 
 
+def n_predicted(tokens: np.ndarray, length: int) -> int:
+    """How many tokens `evaluate` predicts: none of a last sequence that is cut short."""
+    return (len(tokens) - 1) // length * length
+
+
 def bits_per_byte(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> float:
     """What a loss of one nat a token is in bits a byte, for the tokens that `evaluate` predicts. An
     end-of-text token counts as a token and has no bytes."""
-    n_token, n_byte, sizes = (len(tokens) - 1) // length * length, 0, text_sizes(tokenizer)
-    for start in range(1, n_token + 1, CHUNK):
-        n_byte += int(sizes[tokens[start : min(start + CHUNK, n_token + 1)]].sum())
+    n_token, sizes = n_predicted(tokens, length), text_sizes(tokenizer)
+    predicted, starts = tokens[1 : n_token + 1], range(0, n_token, CHUNK)
+    n_byte = sum(int(sizes[predicted[start : start + CHUNK]].sum()) for start in starts)
     return n_token / max(n_byte, 1) / math.log(2)

@@ -46,15 +46,14 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
 def origin(error: ValueError | OSError) -> str:
     """Where a ValueError comes from that this project does not raise itself, as in a changed model:
     " (FILE:LINE)". For other errors ""."""
+    if isinstance(error, OSError):
+        return ""
     root, frames = Path(__file__).parent.parent, traceback.extract_tb(error.__traceback__)
-    folders, own = [(root / name).resolve() for name in ("", "data", "tests")], []
-    for frame in frames:
-        # A script's name is as it was given, maybe a link. "<string>" is no file.
-        path = Path(frame.filename).resolve()
-        if os.path.isabs(frame.filename) and path.parent in folders:
-            own.append((frame, path))
-    last, path = own[-1]
-    if isinstance(error, OSError) or last is frames[-1] and last.line.startswith("raise"):
+    folders = [(root / name).resolve() for name in ("", "data", "tests")]
+    # A script's name is as it was given, maybe a link. "<string>" is no file.
+    files = [(f, Path(f.filename).resolve()) for f in frames if os.path.isabs(f.filename)]
+    last, path = [(frame, path) for frame, path in files if path.parent in folders][-1]
+    if last is frames[-1] and last.line.startswith("raise"):
         return ""
     return f" ({os.path.relpath(path, folders[0])}:{last.lineno})"
 
