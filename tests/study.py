@@ -112,6 +112,14 @@ def gpt2(lr: float, steps: int = 2500) -> str:
     return f"gpt2 --batch_tokens 32768 --steps {steps} --eval_every {every} --lr {lr:g}"
 
 
+# The smallest mixture of the paper's Table 5, with GPT-2's vocabulary and shorter sequences. 1,000
+# updates of 32,768 tokens are 33M tokens.
+MIXTURE = (
+    "moe-0.4b-2.3b --vocab_size 50304 --block_size 1024 --batch_tokens 32768 --micro_batch 16"
+    " --steps 1000 --eval_every 500"
+)
+
+
 def grid(groups: dict[str, str], kinds: list[str], seeds: Iterable[int]) -> list[Run]:
     """All runs, seed by seed. The runs of a pair stand side by side, to end together.
 
@@ -226,6 +234,7 @@ STUDIES = {
         + grid({"82M": gpt2(6e-4)}, DEFAULT, range(4, 7)),
         tokenizer="gpt2",
     ),
+    "mixture": Study("", grid({"": MIXTURE}, DEFAULT, range(1, 5)), tokenizer="gpt2"),
     "time_to_loss": Study(
         "learning rate",
         [Run(lr, "nanoGPT", 1, f"nanoGPT {options}") for lr, options in GPT2_RATES.items()]
