@@ -234,7 +234,7 @@ STUDIES = {
         + grid({"82M": gpt2(6e-4)}, DEFAULT, range(4, 7)),
         tokenizer="gpt2",
     ),
-    "mixture": Study("", grid({"": MIXTURE}, DEFAULT, range(1, 5)), tokenizer="gpt2"),
+    "mixture": Study("", grid({"": MIXTURE}, DEFAULT, range(1, 9)), tokenizer="gpt2"),
     "time_to_loss": Study(
         "learning rate",
         [Run(lr, "nanoGPT", 1, f"nanoGPT {options}") for lr, options in GPT2_RATES.items()]
