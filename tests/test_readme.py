@@ -69,7 +69,8 @@ def test_the_headline_is_what_the_results_say():
     gpt2 = [text.differences(group, MLP) for text in texts for group in text.groups]
     mixture = findings("mixture")[0].differences("", MLP)
     every = [difference for some in (*complete, *gpt2, mixture) for difference in some]
-    assert max(every) < 0 and f"All {len(every)} pairs of this knock without decay in" in details
+    assert max(every) < 0 and f"All {len(every)} pairs of these and a mixture gain" in prose
+    assert f"All {len(every)} pairs of this knock without decay in" in details
     pairs, lower = texts[0].pairs("164M", MLP), shown(texts[0].differences("164M", MLP))
     ours, none = (fmean(run["val_loss"] for run in runs) for runs in zip(*pairs, strict=True))
     shares = [passing_step(a, b["val_loss"]) / a["settings"]["steps"] for a, b in pairs]
@@ -83,7 +84,7 @@ def test_the_headline_is_what_the_results_say():
     apart = [one[seed]["val_loss"] - own[seed]["val_loss"] for seed in own]
     assert f"it ends {shown(apart)} higher than with one knock for all heads" in details
     long = findings("tokens")[0].differences("1B", MLP)
-    assert f"and `small` {shown(long)} lower after 1B" in prose
+    assert f"`small` ends {shown(long)} lower after 1B" in prose
     types = findings("types")[0].results
     start, identity = types["", "mlp on v, random start"], types["", "mlp on v"]
     worse = [start[seed]["val_loss"] - identity[seed]["val_loss"] for seed in start]
