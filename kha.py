@@ -492,19 +492,21 @@ def fold(model: nn.Module) -> nn.Module:
     linears = [part for part in model.modules() if isinstance(part, KnockedLinear)]
     linears = [part for part in linears if all(knock.kind == "linear" for knock in part.knocks)]
     check_own(model, {*heads, *linears, *wo.values()})
-    for part in linears:
-        for knock, (start, stop) in zip(part.knocks, part.rows, strict=True):
-            part.weight[start:stop] = absorb(part.weight[start:stop], knock.t)
-            if part.bias is not None:  # (x W + b) t = x W t + b t
-                part.bias[start:stop] = absorb(part.bias[start:stop, None], knock.t)[:, 0]
-        del part.knocks, part.rows
-        part.__class__ = nn.Linear
-    for part in heads:
-        if part.knock.kind == "linear":
-            part.weight.copy_(part.absorbed_weight(part.weight.dtype))
-            part.knock = Knock("none", part.knock.head_dim)
-        else:
-            fold_gate(part, wo.get(part))
+    # Autocast would round the products, and with them the weights, to 8 bits.
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        for part in linears:
+            for knock, (start, stop) in zip(part.knocks, part.rows, strict=True):
+                part.weight[start:stop] = absorb(part.weight[start:stop], knock.t)
+                if part.bias is not None:  # (x W + b) t = x W t + b t
+                    part.bias[start:stop] = absorb(part.bias[start:stop, None], knock.t)[:, 0]
+            del part.knocks, part.rows
+            part.__class__ = nn.Linear
+        for part in heads:
+            if part.knock.kind == "linear":
+                part.weight.copy_(part.absorbed_weight(part.weight.dtype))
+                part.knock = Knock("none", part.knock.head_dim)
+            else:
+                fold_gate(part, wo.get(part))
     if isinstance(model, Transformer):
         gone = {field: "none" for field, kind in vars(model.config).items() if kind == "linear"}
         model.config = replace(model.config, **gone, knock_init="identity")
@@ -520,8 +522,9 @@ def check_own(model: nn.Module, parts: set[nn.Module]) -> None:
         if part not in parts:
             continue
         own = [x for x in (part, part.weight, getattr(part, "bias", None)) if x is not None]
-        if sharded or any(type(x) is Tensor or held.count(id(x)) > 1 for x in own):
-            raise ValueError(f"{name} is shared, sharded or computed: fold first")
+        wrapped = part.weight is not part._parameters.get("weight")  # by LoRA, which adds to it
+        if sharded or wrapped or any(type(x) is Tensor or held.count(id(x)) > 1 for x in own):
+            raise ValueError(f"{name} is shared, sharded or computed (by LoRA: merge): fold first")
 
 
 def fold_gate(part: Heads, wo: nn.Module | None) -> None:

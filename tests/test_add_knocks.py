@@ -267,6 +267,20 @@ def test_lora_is_merged_after_folding(projection):
     assert relative_error(logits(merged, TOKENS), before) < 1e-5
 
 
+def test_lora_on_our_output_is_merged_before_folding():
+    """Folding puts W^down into W^O, and LoRA beside W^O would miss it."""
+    peft = pytest.importorskip("peft")
+    model = scramble(Transformer(Config(**SMALL | dict(knock_v="mlp")))).eval()
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["wo"]))
+    scramble(lora)
+    tokens = TOKENS % model.config.vocab_size
+    before = lora(tokens)
+    with pytest.raises(ValueError, match="wo is shared, sharded or computed .by LoRA: merge"):
+        fold(lora)
+    assert torch.equal(lora(tokens), before)
+    assert relative_error(fold(lora.merge_and_unload())(tokens), before) < 1e-5
+
+
 @pytest.fixture
 def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -330,6 +344,16 @@ def test_folding_inside_autocast_keeps_the_output():
         before = model(X)
         fold(model)
         assert relative_error(model(X), before) < 0.02
+
+
+def test_folding_inside_autocast_does_not_round_the_weights():
+    other = Values(bias=True)
+    add_random(other, "linear")
+    for model in (other, scramble(Transformer(Config(**SMALL | dict(knock_q="linear"))))):
+        outside = fold(copy.deepcopy(model)).state_dict()
+        with torch.autocast("cpu", torch.bfloat16):
+            fold(model)
+        torch.testing.assert_close(model.state_dict(), outside, rtol=0, atol=0)
 
 
 def test_a_layer_that_is_used_twice_as_a_whole_folds():
