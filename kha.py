@@ -492,8 +492,7 @@ def fold(model: nn.Module) -> nn.Module:
     linears = [part for part in model.modules() if isinstance(part, KnockedLinear)]
     linears = [part for part in linears if all(knock.kind == "linear" for knock in part.knocks)]
     check_own(model, {*heads, *linears, *wo.values()})
-    # Autocast would round the products, and with them the weights, to 8 bits.
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # it rounds
         for part in linears:
             for knock, (start, stop) in zip(part.knocks, part.rows, strict=True):
                 part.weight[start:stop] = absorb(part.weight[start:stop], knock.t)
@@ -522,7 +521,8 @@ def check_own(model: nn.Module, parts: set[nn.Module]) -> None:
         if part not in parts:
             continue
         own = [x for x in (part, part.weight, getattr(part, "bias", None)) if x is not None]
-        wrapped = part.weight is not part._parameters.get("weight")  # by LoRA, which adds to it
+        # LoRA shows the weight of the layer in it. Another forward may take another weight.
+        wrapped = part.weight is not part._parameters.get("weight") or "forward" in vars(part)
         if sharded or wrapped or any(type(x) is Tensor or held.count(id(x)) > 1 for x in own):
             raise ValueError(f"{name} is shared, sharded or computed (by LoRA: merge): fold first")
 

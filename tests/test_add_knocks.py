@@ -398,6 +398,23 @@ def test_a_weight_that_is_computed_is_not_folded_into(compute, name):
     assert relative_error(model(X), before) < 1e-5
 
 
+@pytest.mark.parametrize("of", ["theirs", "ours"])
+def test_a_projection_with_a_forward_of_its_own_is_not_folded(of):
+    """accelerate puts such a forward there. It may hold the weight elsewhere until it is called."""
+    if of == "theirs":
+        model, x = Values(), X
+        add_random(model, "linear")
+        part = model.v_proj
+    else:
+        model = scramble(Transformer(Config(**SMALL | dict(knock_v="mlp"))))
+        part, x = model.blocks[0].attn.wo, TOKENS % 50
+    part.forward = part.forward
+    before = model(x)
+    with pytest.raises(ValueError, match="shared, sharded or computed"):
+        fold(model)
+    assert torch.equal(model(x), before)
+
+
 # --- what cannot take a knock ---
 
 
