@@ -477,6 +477,8 @@ class FoldedGate(nn.Module):
         return x if self.down is None else x @ self.down.to(x.dtype)
 
 
+@torch.autocast("cpu", enabled=False)  # it would round the products
+@torch.autocast("cuda", enabled=False)
 @torch.no_grad()
 def fold(model: nn.Module) -> nn.Module:
     """Multiply knocks into the weights beside them, in place; returns the model. Its outputs stay
@@ -492,20 +494,19 @@ def fold(model: nn.Module) -> nn.Module:
     linears = [part for part in model.modules() if isinstance(part, KnockedLinear)]
     linears = [part for part in linears if all(knock.kind == "linear" for knock in part.knocks)]
     check_own(model, {*heads, *linears, *wo.values()})
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # it rounds
-        for part in linears:
-            for knock, (start, stop) in zip(part.knocks, part.rows, strict=True):
-                part.weight[start:stop] = absorb(part.weight[start:stop], knock.t)
-                if part.bias is not None:  # (x W + b) t = x W t + b t
-                    part.bias[start:stop] = absorb(part.bias[start:stop, None], knock.t)[:, 0]
-            del part.knocks, part.rows
-            part.__class__ = nn.Linear
-        for part in heads:
-            if part.knock.kind == "linear":
-                part.weight.copy_(part.absorbed_weight(part.weight.dtype))
-                part.knock = Knock("none", part.knock.head_dim)
-            else:
-                fold_gate(part, wo.get(part))
+    for part in linears:
+        for knock, (start, stop) in zip(part.knocks, part.rows, strict=True):
+            part.weight[start:stop] = absorb(part.weight[start:stop], knock.t)
+            if part.bias is not None:  # (x W + b) t = x W t + b t
+                part.bias[start:stop] = absorb(part.bias[start:stop, None], knock.t)[:, 0]
+        del part.knocks, part.rows
+        part.__class__ = nn.Linear
+    for part in heads:
+        if part.knock.kind == "linear":
+            part.weight.copy_(part.absorbed_weight(part.weight.dtype))
+            part.knock = Knock("none", part.knock.head_dim)
+        else:
+            fold_gate(part, wo.get(part))
     if isinstance(model, Transformer):
         gone = {field: "none" for field, kind in vars(model.config).items() if kind == "linear"}
         model.config = replace(model.config, **gone, knock_init="identity")
