@@ -192,9 +192,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     q (B, T, H, D), k and v (B, S, H_kv, D): H / H_kv query heads share a key/value head. In MLA, q
     and k are wider than v. mask None: a token sees itself and all before it."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T or S, D)
-    y = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] > k.shape[1]
-    )
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                       enable_gqa=q.shape[1] > k.shape[1])
     return y.transpose(1, 2)  # (B, T, H, D)
 
 
@@ -270,8 +269,7 @@ def init_weights(module: nn.Module, config: Config, aside: torch.Generator | Non
 class Transformer(nn.Module):
     """The decoder. `compute_dtype` is that of activations (None: that of the weights). With
     `recompute` the backward pass computes each block again, instead of keeping its activations.
-    `loss(normed x, output weight, targets)`, if given, computes forward's loss: see data/loss.py.
-    """
+    `loss(normed x, output weight, targets)`, if given, is forward's loss: see data/loss.py."""
 
     def __init__(self, config: Config, compute_dtype=None, recompute=False, loss=None):
         super().__init__()
@@ -419,13 +417,13 @@ class KnockedLinear(nn.Linear):
 
 
 def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=slice(None)) -> dict:
-    """Put knocks of `kind` (linear or mlp) on a PyTorch model that is not ours: on each nn.Linear
-    with a name that matches the fnmatch `pattern`, such as "*.v_proj". Its heads (head_dim outputs
-    each, one after another) share one knock. With `rows` only these outputs have it: for nanoGPT's
-    values slice(2 * n_embd, 3 * n_embd); GPT-NeoX's are no slice. Knocks start as the identity, in
-    float32 or wider: in bfloat16 a small step from 1 is lost. Returns {name of a projection: its
-    Knock}. Raises ValueError if one cannot be knocked. Call it before DDP and FSDP. To load: the
-    base model, add_knocks, load_state_dict. With LoRA beside a linear knock: fold, then merge."""
+    """Put knocks of `kind` (linear or mlp) on a model that is not ours: on each nn.Linear whose
+    name matches the fnmatch `pattern`, such as "*.v_proj". Its heads, head_dim outputs side by side
+    each, share one knock. With `rows` only these outputs have it: nanoGPT's values are
+    slice(2 * n_embd, 3 * n_embd), GPT-NeoX's no slice. Knocks start as the identity, in float32 or
+    wider: in bfloat16 a small step from 1 is lost. Returns {name of a projection: its Knock}.
+    Raises ValueError if none matches or one cannot be knocked. Call it before DDP and FSDP. To
+    load: base model, add_knocks, load_state_dict. LoRA beside a linear knock: fold, then merge."""
     if isinstance(model, Transformer):
         raise ValueError("a Transformer has its knocks by Config: set knock_q, knock_k, knock_v")
     if kind not in ("linear", "mlp"):
@@ -455,8 +453,7 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
         if type(part) is nn.Linear:
             part.__class__ = KnockedLinear  # still the same module, with its hooks
             part.knocks, part.rows = nn.ModuleList(), []
-        dtype = torch.promote_types(part.weight.dtype, torch.float32)
-        knocks[name] = Knock(kind, head_dim).to(part.weight.device, dtype)
+        knocks[name] = Knock(kind, head_dim).to(upcast(part.weight[:1]))  # its device and dtype
         part.knocks.append(knocks[name])
         part.rows.append(rows.indices(part.out_features)[:2])
     return knocks
@@ -481,11 +478,11 @@ class FoldedGate(nn.Module):
 @torch.autocast("cuda", enabled=False)
 @torch.no_grad()
 def fold(model: nn.Module) -> nn.Module:
-    """Multiply knocks into the weights beside them, in place; returns the model. Its outputs stay
-    the same. Linear knocks vanish (eq. 8), also those of `add_knocks`, if no MLP knock is on the
-    same projection. Of an mlp or gate knock of a `Transformer` a `FoldedGate` remains. No config
-    names that, so save the model before. Other knocks stay as they are. Raises ValueError, with
-    nothing changed, if one of these weights is shared, sharded or computed."""
+    """Multiply knocks into the weights beside them, in place; returns the model. Its outputs change
+    by rounding only. Linear knocks vanish (eq. 8), also those of `add_knocks` if no MLP knock is on
+    the same projection. Of an mlp or gate knock of a `Transformer` a `FoldedGate` remains. No
+    Config describes it, so save the model before. Other knocks stay as they are. Raises ValueError,
+    with nothing changed, if one of these weights is shared, sharded or computed."""
     attns = [part for part in model.modules() if isinstance(part, GQA)]
     # Attention is linear in the values. So W^down can go into W^O, which all of them pass.
     wo = {attn.wv: attn.wo for attn in attns if attn.wv.knock.kind == "mlp"}
@@ -530,12 +527,11 @@ def check_own(model: nn.Module, parts: set[nn.Module]) -> None:
 
 def fold_gate(part: Heads, wo: nn.Module | None) -> None:
     """Fold an mlp or gate knock; W^down goes into `wo`, if given."""
-    knock, up, down = part.knock, part.weight, None
-    gate = absorb(part.weight, knock.gate)
+    knock, weight, down = part.knock, part.weight, None
+    up, gate = weight, absorb(weight, knock.gate)
     if knock.kind == "mlp":
-        up, down = absorb(part.weight, knock.up), knock.down
-    weight = torch.cat((up, gate))  # (2 * H * D, n_in)
-    part.weight = nn.Parameter(weight, part.weight.requires_grad)
+        up, down = absorb(weight, knock.up), knock.down
+    part.weight = nn.Parameter(torch.cat((up, gate)), weight.requires_grad)  # (2 * H * D, n_in)
     if wo is not None:
         heads = wo.weight.unflatten(1, (-1, knock.head_dim))  # (C, H, D): transposed W^O_h
         wo.weight.copy_((heads @ down.mT.to(heads.dtype)).flatten(1))
@@ -549,11 +545,10 @@ def check_fields(config, choices: dict, may_be_zero: tuple[str, ...]) -> None:
         name, value, zero = field.name, getattr(config, field.name), field.name in may_be_zero
         if name in choices and value not in choices[name]:
             raise ValueError(f"{name} must be one of {', '.join(choices[name])}, not {value!r}")
-        if field.type not in (int, float):
-            continue
-        if not isinstance(value, (int, field.type)):
+        number = field.type in (int, float)
+        if number and not isinstance(value, (int, field.type)):
             raise ValueError(f"{name} must be of type {field.type.__name__}, not {value!r}")
-        if not (0 < value < 2**63 or zero and value == 0):
+        if number and not (0 < value < 2**63 or zero and value == 0):
             raise ValueError(f"{name} must be {'>= 0' if zero else '> 0'} and < 2^63, not {value}")
 
 
