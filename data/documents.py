@@ -231,7 +231,7 @@ class LeftOut:
     """Counts what does not become a document."""
 
     skipped_files: int = 0  # in folders, without text
-    # A skipped file for each reason, by reason: "name: reason".
+    # reason -> the first file that was skipped for it, as "name: reason"
     file_examples: dict[str, str] = dataclasses.field(default_factory=dict)
     dropped_documents: int = 0  # duplicate or empty
     skipped_rows: int = 0

@@ -90,16 +90,16 @@ def map_threads(function: Callable, items: Iterable, workers: int) -> Iterator:
             yield waiting.popleft().result()
 
 
-def encode(encoding: Tokenizer, batch: Batch) -> np.ndarray:
+def encode(tokenizer: Tokenizer, batch: Batch) -> np.ndarray:
     """The token ids of a batch. Raises ValueError, naming the text, if the tokenizer fails."""
-    dtype = token_dtype(encoding)
+    dtype = token_dtype(tokenizer)
     parts = [np.empty(0, dtype)]
     for name, piece in batch:
         if piece is None:
-            parts.append(np.array([encoding.eot_token], dtype))
+            parts.append(np.array([tokenizer.eot_token], dtype))
             continue
         try:  # disallowed_special: text that spells a special token is ordinary text
-            ids = encoding.encode_to_numpy(piece.decode(), disallowed_special=())
+            ids = tokenizer.encode_to_numpy(piece.decode(), disallowed_special=())
         except ValueError as error:
             raise ValueError(f"{name} cannot be tokenised ({error}): mend or omit it, or choose "
                              "another --tokenizer") from error
@@ -107,7 +107,7 @@ def encode(encoding: Tokenizer, batch: Batch) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def write_tokens(path: Path, documents: Iterable[Document], encoding: Tokenizer,
+def write_tokens(path: Path, documents: Iterable[Document], tokenizer: Tokenizer,
                  workers: int, total: int) -> np.ndarray:
     """Write the tokens of all documents to the new file `path`; returns where each ends, (n,).
 
@@ -116,9 +116,9 @@ def write_tokens(path: Path, documents: Iterable[Document], encoding: Tokenizer,
     ends, n_written = [], 0
     bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)
     with open(path, "wb") as file, bar:
-        for ids in map_threads(partial(encode, encoding), make_batches(documents, bar), workers):
+        for ids in map_threads(partial(encode, tokenizer), make_batches(documents, bar), workers):
             file.write(ids)
-            ends.append(np.flatnonzero(ids == encoding.eot_token) + n_written + 1)
+            ends.append(np.flatnonzero(ids == tokenizer.eot_token) + n_written + 1)
             n_written += len(ids)
         bar.update(max(0, total - bar.n))  # what was left out is done, too
     return np.concatenate(ends)
@@ -139,18 +139,19 @@ def prepare(inputs: list[str], out: str, tokenizer: str = "byte", field: str | N
         raise ValueError(f"--workers must be at least 1, not {workers}")
     if is_taken(out):
         raise FileExistsError(f"{out} already exists: choose another --out")
-    encoding = load_tokenizer(tokenizer)
+    loaded = load_tokenizer(tokenizer)
     with naming(out), new_folder(out) as folder:
-        meta = write_data(folder, inputs, encoding, field, val_fraction, workers)
+        meta = write_data(folder, inputs, loaded, field, val_fraction, workers)
         (folder / "meta.json").write_text(f"{json.dumps(meta, indent=2)}\n")
         verify_tokens(str(folder))
     return meta
 
 
-def write_data(folder: Path, inputs: list[str], encoding: Tokenizer, field: str | None,
+def write_data(folder: Path, inputs: list[str], tokenizer: Tokenizer, field: str | None,
                val_fraction: float, workers: int) -> dict[str, Any]:
-    """Write the tokens of `inputs` into `folder`, and downloads beside it. Returns meta.json; the
-    arguments are those of `prepare`."""
+    """Write the tokens of `inputs` into `folder`, and downloads beside it. Returns meta.json. The
+    arguments are those of `prepare`, with the tokenizer loaded. Raises ValueError if there is no
+    text, and what the functions called here raise."""
     key = "text" if field is None else field
     sources = find_sources(inputs, key, downloads=folder.parent)
     if field is not None and all(source.rows is None for source in sources):
@@ -158,18 +159,17 @@ def write_data(folder: Path, inputs: list[str], encoding: Tokenizer, field: str 
     digests, left_out = array("Q"), LeftOut()
     documents = drop_duplicates(read_documents(sources, key, left_out), digests, left_out)
     total = sum(source.path.stat().st_size for source in sources if source.path)
-    ends = write_tokens(folder / "train.bin", documents, encoding, workers, total)
+    ends = write_tokens(folder / "train.bin", documents, tokenizer, workers, total)
     if not digests:
         examples = "; ".join(left_out.file_examples.values())
         why = f" ({examples})" if examples else ""
         raise ValueError(f"no text: {left_out.skipped_files:,} files in folders were skipped{why}, "
                          f"{left_out.dropped_documents:,} documents are empty: name other files "
                          "or, for rows, another --field")
-    hashes = np.frombuffer(digests, np.uint64)
-    splits = split_tokens(folder, ends, hashes, val_fraction, encoding)
+    splits = split_tokens(folder, ends, np.frombuffer(digests, np.uint64), val_fraction, tokenizer)
     stdlib = f"the standard library of Python {platform.python_version()}"
-    return {**keep_tokenizer(encoding, folder), "vocab_size": encoding.n_vocab,
-            "eot": encoding.eot_token, "dtype": token_dtype(encoding).name,
+    return {**keep_tokenizer(tokenizer, folder), "vocab_size": tokenizer.n_vocab,
+            "eot": tokenizer.eot_token, "dtype": token_dtype(tokenizer).name,
             "sources": inputs or [stdlib], "val_fraction": val_fraction,
             "skipped_files": left_out.skipped_files, "skipped_rows": left_out.skipped_rows,
             "skipped_file_examples": [*left_out.file_examples.values()],

@@ -22,23 +22,23 @@ SEQUENCE = 1025  # tokens: a side that is shorter cannot train models with a blo
 
 
 def split_tokens(folder: Path, ends: np.ndarray, digests: np.ndarray, val_fraction: float,
-                 encoding: Tokenizer) -> dict[str, dict]:
+                 tokenizer: Tokenizer) -> dict[str, dict]:
     """Move what is held out from train.bin, which has all documents, to val.bin in the same folder.
 
     ends (n,): how many tokens there are up to the end of each document; digests (n,): hashes of
     their texts, 64 bits each. Returns for each split its documents, tokens, bytes of text and the
     sha256 of its file. Raises ValueError if there is too little text for two splits.
     """
-    tokens = np.memmap(folder / "train.bin", token_dtype(encoding), mode="r")
-    cuts = hold_out(tokens, ends, digests, val_fraction, encoding)
+    tokens = np.memmap(folder / "train.bin", token_dtype(tokenizer), mode="r")
+    cuts = hold_out(tokens, ends, digests, val_fraction, tokenizer)
     del tokens  # Windows does not truncate a file that is mapped into memory
     if (cuts == ends).all():
         raise ValueError(f"{ends[-1]} tokens of text are too few to hold out some: add more text")
-    return divide(folder, ends, cuts, encoding)
+    return divide(folder, ends, cuts, tokenizer)
 
 
 def hold_out(tokens: np.ndarray, ends: np.ndarray, digests: np.ndarray, val_fraction: float,
-             encoding: Tokenizer) -> np.ndarray:
+             tokenizer: Tokenizer) -> np.ndarray:
     """At which token the held-out part of each document begins: (n,). If it has none, its end.
 
     Wanted is val_fraction of all tokens. Each side must get SEQUENCE tokens or, if that is not
@@ -73,11 +73,11 @@ def hold_out(tokens: np.ndarray, ends: np.ndarray, digests: np.ndarray, val_frac
     cuts = ends.copy()
     for i in np.flatnonzero(long):
         text = tokens[begins[i] : ends[i] - 1]
-        cuts[i] = begins[i] + find_cut(text, share, near, encoding)
+        cuts[i] = begins[i] + find_cut(text, share, near, tokenizer)
     return cuts
 
 
-def find_cut(text: np.ndarray, share: float, near: float, encoding: Tokenizer) -> int:
+def find_cut(text: np.ndarray, share: float, near: float, tokenizer: Tokenizer) -> int:
     """Before which token to cut a text so that the fraction `share` of it, or more, comes after.
 
     That is at the last line end before the place after which exactly `share` comes. If this line
@@ -88,7 +88,7 @@ def find_cut(text: np.ndarray, share: float, near: float, encoding: Tokenizer) -
     place = int(len(text) * (1 - share))
     lowest = max(1, place - min(int(near * len(text)), CHUNK))
     first = max(1, lowest - 3)  # a character has at most four bytes, so at most four tokens
-    words = encoding.decode_tokens_bytes(text[first - 1 : place + 1].tolist())
+    words = tokenizer.decode_tokens_bytes(text[first - 1 : place + 1].tolist())
     for cut in range(place, lowest - 1, -1):
         if words[cut - first].endswith(b"\n"):
             return cut
@@ -99,10 +99,10 @@ def find_cut(text: np.ndarray, share: float, near: float, encoding: Tokenizer) -
 
 
 def divide(folder: Path, ends: np.ndarray, cuts: np.ndarray,
-           encoding: Tokenizer) -> dict[str, dict]:
+           tokenizer: Tokenizer) -> dict[str, dict]:
     """Move the tokens from cuts[i] to ends[i] of each document i from train.bin to val.bin."""
-    dtype = token_dtype(encoding)
-    eot = dtype.type(encoding.eot_token)
+    dtype = token_dtype(tokenizer)
+    eot = dtype.type(tokenizer.eot_token)
 
     def read(file: BinaryIO) -> Iterator[tuple[str, np.ndarray]]:
         bounds = chain([0], chain.from_iterable(zip(cuts, ends, strict=True)))
@@ -116,7 +116,7 @@ def divide(folder: Path, ends: np.ndarray, cuts: np.ndarray,
                 # a document that is cut ends twice, once on either side
                 yield split, ids if rest or ids[-1] == eot else np.append(ids, eot)
 
-    sizes = text_sizes(encoding)
+    sizes = text_sizes(tokenizer)
     counts = {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS}
     hashes = {split: hashlib.sha256() for split in SPLITS}
     with (open(folder / "train.bin", "rb") as source, open(folder / "train.bin", "r+b") as train,

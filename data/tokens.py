@@ -124,9 +124,9 @@ def check_tokenizer(folder: str, name: str) -> None:
     )
 
 
-def token_dtype(encoding: Tokenizer) -> np.dtype:
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     """The type of the ids in token files."""
-    return np.dtype("uint16" if encoding.n_vocab <= 2**16 else "uint32")
+    return np.dtype("uint16" if tokenizer.n_vocab <= 2**16 else "uint32")
 
 
 def load_meta(folder: str) -> dict[str, Any]:
