@@ -347,7 +347,7 @@ def check_run(config: Config, train: TrainConfig, checkpoint: dict | None,
         check_tokenizer(data, checkpoint["tokenizer"])
     each, rest = divmod(train.batch_tokens, unit)  # sequences of a process
     if rest:
-        size = min(train.micro_batch, each + 1)  # of the micro-batches of what is advised
+        size = min(train.micro_batch, each + 1)  # advise no micro-batches smaller than this
         raise ValueError(f"batch_tokens must be a multiple of block_size * processes = {T} *"
                          f" {n_process} = {unit}, not {train.batch_tokens}: add --batch_tokens"
                          f" {(each // size + 1) * size * unit}")
@@ -387,7 +387,7 @@ def main(argv: list[str]) -> None:
     held_out = open_tokens(train.data, "val")[: train.eval_tokens + 1]
     best = best_so_far(checkpoint, train.eval_tokens, meta["val"]["tokens"])
     tokenizer = load_tokenizer(meta["tokenizer"])
-    nat = bits_per_byte(held_out, T, tokenizer)  # what one nat a token is in bits a byte
+    bpb = bits_per_byte(held_out, T, tokenizer)  # of a loss of one nat a token
     with advice_on_memory(config, train, n_process):
         model, wrapped = build_model(config, train, device, n_process)
         optimizer = make_optimizer(model, train)
@@ -431,7 +431,7 @@ def main(argv: list[str]) -> None:
             if evaluates:
                 share = evaluate(wrapped, held_out, T, train.micro_batch, device, rank, n_process)
                 val_loss = sum_over_processes(share).item()
-                log.evaluation(done, val_loss, val_loss * nat, knock_movement(model))
+                log.evaluation(done, val_loss, val_loss * bpb, knock_movement(model))
             # After a skipped update the weights may be at fault: then only the end of a run saves.
             if stopping or (saves and (finite or last)):
                 state = saver.collect(model, optimizer)

@@ -16,7 +16,8 @@ from data.tokens import CHUNK, sequences, text_sizes
 def evaluate(model: nn.Module, tokens: np.ndarray, length: int, micro_batch: int, device: str,
              rank: int = 0, n_process: int = 1, shows: bool = False) -> Tensor:
     """This process's share of the mean loss, in nats a token, of sequences of `length` tokens side
-    by side: a scalar. The shares of all processes add up to the mean."""
+    by side, `micro_batch` of them at a time: a scalar. The shares of all processes add up to the
+    mean. With `shows` a terminal shows a bar."""
     starts = range(0, len(tokens) - length, length)  # of the sequences
     n_batch = -(-len(starts) // micro_batch)
     was_training = model.training

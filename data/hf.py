@@ -68,8 +68,7 @@ def hf_names(config: Config) -> dict[str, list[str]]:
         layer["ffn.bias"] = ["mlp.gate.e_score_correction_bias"]
     up, down = ("experts_up", "experts_down") if config.n_expert else ("w_up", "w_down")
     mlps = [f"mlp.experts.{e}" for e in range(config.n_expert)] or ["mlp"]
-    halves = [f"{mlp}.{half}_proj.weight" for mlp in mlps for half in ("gate", "up")]
-    layer[f"ffn.{up}"] = halves
+    layer[f"ffn.{up}"] = [f"{mlp}.{half}_proj.weight" for mlp in mlps for half in ("gate", "up")]
     layer[f"ffn.{down}"] = [f"{mlp}.down_proj.weight" for mlp in mlps]
     for i in range(config.n_layer):
         for our, theirs in layer.items():
