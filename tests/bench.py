@@ -117,7 +117,8 @@ GROUPS = {
 
 
 def measure(row: Row, data: str) -> dict[str, float]:
-    """The figures of a row. Raises ChildProcessError if a script fails."""
+    """The figures of a row: see `run_training` and `measure_decoding`. Training rows of ours have
+    those of `profile_kernels`, too. Raises ChildProcessError if a script fails."""
     if row.samples:
         return measure_decoding(row)
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +139,8 @@ def run_options(options: list[str], data: str, out: str) -> list[str]:
 
 
 def run_training(row: Row, data: str, out: str) -> dict[str, float]:
-    """Run train.py or a peer, and read the log."""
+    """Run train.py or a peer. The figures of its log, see `summarise`, and the seconds until its
+    first update. Raises ChildProcessError if it fails."""
     peer, options = split_command(row.command)
     script = [str(ROOT / "tests/peers.py"), peer] if peer else [str(ROOT / "train.py")]
     command = [sys.executable, *script, *run_options(options, data, out)]
@@ -154,7 +156,8 @@ def run_training(row: Row, data: str, out: str) -> dict[str, float]:
 
 
 def summarise(updates: list[dict]) -> dict[str, float]:
-    """The figures of a log's updates; nan for what is not in the log."""
+    """Of the second half of a log's updates: median and quartiles of the tokens a second, median
+    MFU, peak of memory in GiB; nan for what is not in the log."""
     late = updates[len(updates) // 2 :]
     low, speed, high = statistics.quantiles([update["tokens_per_s"] for update in late], n=4)
     mfu = statistics.median(update.get("mfu", math.nan) for update in late)
@@ -272,8 +275,8 @@ def main(argv: list[str]) -> None:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{gpu}, torch {torch.__version__}")
     speeds, n_failed = {}, 0
-    for name in args.names:
-        group = GROUPS.get(name) or {name: rows[name]}
+    for wanted in args.names:
+        group = GROUPS.get(wanted) or {wanted: rows[wanted]}
         head = DECODE_HEAD if any(row.samples for row in group.values()) else TRAIN_HEAD
         print(f"\n| {head} |\n|{' --- |' * len(head.split('|'))}", flush=True)
         for name, row in group.items():

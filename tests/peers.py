@@ -244,8 +244,9 @@ def run_transformers(config: Config, train: TrainConfig, device: str, dtype: tor
 
 @dataclass(frozen=True)
 class RuledConfig(TrainConfig):
-    """The rule is one of the settings in log and checkpoints. train.py has no such setting, so it
-    does not go on from them without the rule. Raises ValueError for a run with another rule."""
+    """train.py's settings and the rule, so that log and checkpoints have it. Without this peer
+    train.py refuses to go on from such a checkpoint: it knows no setting of that name. Raises
+    ValueError for a run with another rule."""
 
     peer: ClassVar[str]  # the rule of this process
     rule: str = "that of train.py"  # for the knocks
@@ -262,8 +263,8 @@ class RuledConfig(TrainConfig):
 def make_optimizer_with(
     rule: str, model: Transformer, train: TrainConfig
 ) -> torch.optim.Optimizer:
-    """What train.make_optimizer makes, with the rule of one of RULES or of unshared for the knocks,
-    as told above."""
+    """What train.make_optimizer makes, but knocks follow `rule`: one of RULES, or unshared, which
+    decays as in decay. The docstring of this file says what they do."""
     optimizer = make_optimizer(model, train)
     knocks = [p for knock in knocks_of(model).values() for p in knock.parameters()]
     ids = set(map(id, knocks))

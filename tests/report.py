@@ -319,12 +319,12 @@ def seconds(run: dict, step: float | np.ndarray) -> float | np.ndarray:
 def passing_step(run: dict, target: float) -> float:
     """The update at which a run's held-out loss has come down to `target`, on a straight line from
     one evaluation to the next; inf if it never has."""
-    last_step, last_loss = 0, math.inf
+    step_before, loss_before = 0, math.inf
     for step, loss, _ in run["evals"]:
         if loss is not None and loss <= target:
-            share = (last_loss - target) / (last_loss - loss) if last_loss < math.inf else 1
-            return last_step + share * (step - last_step)
-        last_step, last_loss = step, math.inf if loss is None else loss
+            share = (loss_before - target) / (loss_before - loss) if loss_before < math.inf else 1
+            return step_before + share * (step - step_before)
+        step_before, loss_before = step, math.inf if loss is None else loss
     return math.inf
 
 

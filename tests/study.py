@@ -48,7 +48,7 @@ from data.documents import find_files
 from data.log import MAX_SKIPPED
 from data.prepare import prepare
 from data.script import handling, import_optional, new_parser, parse_args, run_script
-from data.tokens import load_meta
+from data.tokens import SPLITS, load_meta
 from tests.peers import ROOT, missing, split_command
 from tests.report import (
     Run,
@@ -71,7 +71,7 @@ RESULTS = ROOT / "tests" / "results"
 TRAIN = [sys.executable, str(ROOT / "train.py")]
 SCRATCH = Path("out/study")  # where runs write; a run's folder is removed when its line is written
 DATA = {"byte": "data/studies", "gpt2": "data/studies_gpt2"}  # by tokenizer
-EVAL_BYTES = 50e6  # of training, about, between evaluations
+EVAL_GAP = 50e6  # tokens, about, between evaluations, if a run's options do not say it
 EVAL_TOKENS = 1 << 22  # held-out tokens: many, because knocks change the loss by little
 CURVE = 200  # points to keep of a training loss
 LEARNING = (  # settings of the training that decide what a run learns
@@ -135,6 +135,7 @@ def grid(groups: dict[str, str], kinds: list[str], seeds: Iterable[int]) -> list
     return runs
 
 
+# Lists of kinds. In train.py knocks do not decay: its kinds have "no decay" in their names.
 DEFAULT = ["none", "mlp on v, no decay"]
 NO_DECAY = ["none", "linear on v, no decay", "mlp on v, no decay"]
 PAIR = ["none", "mlp on v"]
@@ -288,7 +289,7 @@ class Job:
         it also saves one at its end; without, only at a signal."""
         self.folder.mkdir(parents=True, exist_ok=True)
         steps = self.settings["steps"]
-        evals = max(1, round(self.tokens(steps) / EVAL_BYTES))
+        evals = max(1, round(self.tokens(steps) / EVAL_GAP))
         peer, options = split_command(self.run.command)
         script = [sys.executable, ROOT / "tests/peers.py", peer] if peer else TRAIN
         command = [
@@ -343,7 +344,7 @@ class Job:
                 for line in evals
             ],
             "curve_bin": size,
-            "curve": [rounded(statistics.fmean(losses), 4) for losses in bins],
+            "curve": [rounded(statistics.fmean(some), 4) for some in bins],
             "knocks": knock_figures(evals[-1]["knocks"]) if evals else {},
             "settings": self.settings,
         }
@@ -486,7 +487,7 @@ class Runner:
             "study": self.name,
             **job.result(),
             "data": self.sha256,
-            "data_bytes": [self.meta[split]["bytes"] for split in ("train", "val")],
+            "data_bytes": [self.meta[split]["bytes"] for split in SPLITS],
             "eval_tokens": min(EVAL_TOKENS, self.meta["val"]["tokens"]),
             "gpu": self.devices[device],
             "device": device,
@@ -605,8 +606,8 @@ def main(argv: list[str]) -> None:
     instead.add_argument("--update", action="store_true", help="rewrite all tables and pictures")
     parser.add_argument("--results", type=Path, default=RESULTS,
                         help="folder of the results (default: tests/results)")
-    parser.add_argument("--data", help="folder made by data/prepare.py (default: data/studies;"
-                        " for gpt2 and time_to_loss data/studies_gpt2; it is made if not there)")
+    parser.add_argument("--data", help="folder made by data/prepare.py (default: data/studies, or"
+                        " data/studies_gpt2 if the study has GPT-2's tokens; made if not there)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="end after so many minutes")
     parser.add_argument("--keep", action="store_true", help="keep what finished runs wrote")
     args = parse_args(parser, argv)

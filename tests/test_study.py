@@ -91,7 +91,7 @@ def records():
 
 
 def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
-    monkeypatch.setattr(study, "EVAL_BYTES", 4 * 256)  # an evaluation every 4 updates
+    monkeypatch.setattr(study, "EVAL_GAP", 4 * 256)  # an evaluation every 4 updates
     fails, diverges = grid(more="--vocab_size 100")[0], grid(more="--lr 1e18")[0]
     runs = [fails, diverges, *grid()]
     monkeypatch.setattr(study, "FIGURE_3", [runs[-1].command])
