@@ -2,8 +2,8 @@
 
 log.jsonl has one JSON object a line, written as things happen:
 - the settings, first and again where a resumed run has others: step (after which they hold), config
-  and train (all fields of both), tokenizer, data (sha256 of train.bin), n_process, device, torch
-  (version);
+  and train (all fields of both, but out: a folder may be moved), tokenizer, data (sha256 of
+  train.bin), n_process, device, torch (version);
 - each update: step, loss (nats a token), lr, grad_norm (before clipping), worst_load (of a mixture:
   the busiest expert's load over the mean, in the worst layer), tokens_per_s, on CUDA memory_gib
   (the peak so far, of one process), on known GPUs mfu (of the datasheet's bfloat16 FLOP/s), and

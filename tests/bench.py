@@ -64,13 +64,13 @@ class Row(NamedTuple):
     prompt: int = 128  # tokens of their prompt
 
 
-def knocks(name: str, options: str, against: str = "") -> dict[str, Row]:
+def knock_rows(name: str, options: str, against: str = "") -> dict[str, Row]:
     """Ours without knocks, with a linear one on the values, and with an MLP on them."""
     kinds = {"no knock": "none", "linear on v": "linear", "mlp on v": "mlp"}
     return {f"{name}, {k}": Row(f"{options} --knock_v {v}", against) for k, v in kinds.items()}
 
 
-def decoding(config: str) -> dict[str, Row]:
+def decoding_rows(config: str) -> dict[str, Row]:
     """One sample and 32, after a short and a long prompt, of transformers and of ours."""
     rows = {}
     for n, prompt in product((1, 32), (128, 3900)):
@@ -88,12 +88,12 @@ MAIN = "moe-1b-6.1b --block_size 4096 --batch_tokens 32768 --steps 24"
 TOY = "toy --steps 60 --device cpu"
 HF, CHAR = "transformers, bfloat16", "nanoGPT, 4 layers of width 192"  # CHAR is as large as toy
 GROUPS = {
-    "gpt2": {"nanoGPT": Row(f"nanoGPT {GPT2}"), **knocks("gpt2", GPT2, "nanoGPT")},
-    "small": knocks("small", SMALL),
+    "gpt2": {"nanoGPT": Row(f"nanoGPT {GPT2}"), **knock_rows("gpt2", GPT2, "nanoGPT")},
+    "small": knock_rows("small", SMALL),
     "moe": {
         HF: Row(f"transformers {MOE} --micro_batch 4"),
         "transformers, float32": Row(f"transformers-float32 {MOE} --micro_batch 4", HF),
-        **knocks("moe", MOE, HF),
+        **knock_rows("moe", MOE, HF),
     },
     "memory": {
         "moe, 4 x 4096": Row(ONE_4),
@@ -104,14 +104,14 @@ GROUPS = {
             "moe-0.4b-2.3b --batch_tokens 4096 --micro_batch 1 --steps 24"
         ),
     },
-    "decoding": {**decoding("dense-1.7b"), **decoding("moe-0.4b-2.3b")},
+    "decoding": {**decoding_rows("dense-1.7b"), **decoding_rows("moe-0.4b-2.3b")},
     "sequence": {
         f"moe, {32768 // t} x {t}": Row(f"{MOE} --block_size {t} --micro_batch {32768 // t}")
         for t in (1024, 4096, 8192, 32768)
     },
     "batch": {f"moe, {b} x 4096": Row(f"{MOE} --micro_batch {b}") for b in (1, 2, 4)},
     "experts": {f"small, 4 of {n} experts": Row(f"{SMALL} --n_expert {n}") for n in (8, 32, 128)},
-    "cpu": {CHAR: Row(f"nanoGPT {TOY} --n_layer 4 --n_embd 192"), **knocks("toy", TOY, CHAR)},
+    "cpu": {CHAR: Row(f"nanoGPT {TOY} --n_layer 4 --n_embd 192"), **knock_rows("toy", TOY, CHAR)},
     "6.1b": {"moe-1b-6.1b, 1 x 4096": Row(MAIN)},
 }
 

@@ -148,7 +148,8 @@ class Loss(nn.Module):
 
 
 def run_nanogpt(config: Config, train: TrainConfig, device: str) -> None:
-    """Run its train.py, and measure the held-out loss of what it has trained."""
+    """Run its train.py, and measure the held-out loss of what it has trained. Raises ValueError for
+    what check_run refuses, and for token ids of more than 16 bits."""
     meta, train = check_run(config, train, None, device)
     if meta["dtype"] != "uint16":
         raise ValueError(f"{train.data} has ids of {meta['dtype']}, and nanoGPT reads uint16 only:"
@@ -210,7 +211,8 @@ def build_transformers(config: Config, dtype: torch.dtype, device: str) -> nn.Mo
 
 
 def run_transformers(config: Config, train: TrainConfig, device: str, dtype: torch.dtype) -> None:
-    """Train it on random tokens, the same in each update."""
+    """Train it on random tokens, the same in each update. Raises ValueError if micro_batch does not
+    divide the sequences of an update."""
     model = build_transformers(config, dtype, device).train()
     optimizer = make_optimizer(model, train)
     tokens = torch.randint(config.vocab_size, (train.micro_batch, config.block_size), device=device)

@@ -168,7 +168,7 @@ def draw_differences(findings: Findings, path: Path) -> Path:
     label = DIFFERENCE.replace("no knocks", findings.study.baseline.replace("none", "no knocks"))
     axes.set_xticks(np.linspace(-RANGE, RANGE, 5))
     axes.set(xlim=(-RANGE, RANGE), ylim=(len(rows) - 0.5, -0.5),
-             xlabel=label, ylabel=findings.study.groups)
+             xlabel=label, ylabel=findings.study.grouped_by)
     axes.text(1.03, -0.8, "mean ± 95% (pairs)", transform=axes.get_yaxis_transform())
     figure.set_size_inches(9, 1.2 + 0.4 * len(rows))
     return save(figure, path)

@@ -22,7 +22,7 @@ class Run(NamedTuple):
     """A run of a study. Its baseline is the run of the same group and seed, and of the kind
     `baseline` of the study."""
 
-    group: str  # such as a learning rate: Study.groups says what it is
+    group: str  # such as a learning rate: Study.grouped_by says what it is
     kind: str  # of knocks, or the name of another project
     seed: int
     command: str  # the options of train.py, after the name of a peer if it is one's
@@ -31,7 +31,7 @@ class Run(NamedTuple):
 class Study(NamedTuple):
     """Runs that are compared."""
 
-    groups: str  # what tells the groups of runs apart
+    grouped_by: str  # what tells the groups of runs apart; "" if there is only one
     runs: list[Run]  # the most valuable first
     tokenizer: str = "byte"  # of the data on which they are trained
     baseline: str = "none"  # the kind of run that the others are compared with
@@ -266,16 +266,16 @@ def difference_cells(differences: list[float]) -> list[str]:
 def loss_table(findings: Findings) -> str:
     """A row for each group and kind: means and sums over seeds, and the difference to the
     baseline."""
-    groups = findings.study.groups
+    grouped_by = findings.study.grouped_by
     head = ["knocks", "held-out loss", "spikes", "skipped", "runs", "difference", "pairs"]
-    rows = [[groups, *head] if groups else head]
+    rows = [[grouped_by, *head] if grouped_by else head]
     for group in findings.groups:
         for kind in findings.kinds:
             runs = findings.results.get((group, kind), {}).values()
             if not runs:
                 continue
             ended = [run for run in runs if run["val_loss"] is not None]
-            row = [group, kind] if groups else [kind]
+            row = [group, kind] if grouped_by else [kind]
             losses = [run["val_loss"] for run in ended]
             row.append(f"{statistics.fmean(losses):.4f}" if losses else "diverged")
             row += [str(sum(run[key] for run in runs)) for key in ("spikes", "skipped")]
