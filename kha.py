@@ -418,10 +418,10 @@ class KnockedLinear(nn.Linear):
 
 def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=slice(None)) -> dict:
     """Put knocks of `kind` (linear or mlp) on a model that is not ours: on each nn.Linear whose
-    name matches the fnmatch `pattern`, such as "*.v_proj". Its heads, head_dim outputs side by side
-    each, share one knock. With `rows` only these outputs have it: nanoGPT's values are
-    slice(2 * n_embd, 3 * n_embd), GPT-NeoX's no slice. Knocks start as the identity, in float32 or
-    wider: in bfloat16 a small step from 1 is lost. Returns {name of a projection: its Knock}.
+    name matches the fnmatch `pattern`, such as "*.v_proj". Its heads, each head_dim neighbouring
+    outputs, share one knock. With `rows` only these outputs have it: nanoGPT's values are
+    slice(2 * n_embd, 3 * n_embd), GPT-NeoX's are no slice. Knocks start as the identity, in float32
+    or wider: in bfloat16 a small step from 1 is lost. Returns {name of a projection: its Knock}.
     Raises ValueError if none matches or one cannot be knocked. Call it before DDP and FSDP. To
     load: base model, add_knocks, load_state_dict. LoRA beside a linear knock: fold, then merge."""
     if isinstance(model, Transformer):
@@ -453,7 +453,7 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
         if type(part) is nn.Linear:
             part.__class__ = KnockedLinear  # still the same module, with its hooks
             part.knocks, part.rows = nn.ModuleList(), []
-        knocks[name] = Knock(kind, head_dim).to(upcast(part.weight[:1]))  # its device and dtype
+        knocks[name] = Knock(kind, head_dim).to(upcast(part.weight[:1]))  # float32 or wider
         part.knocks.append(knocks[name])
         part.rows.append(rows.indices(part.out_features)[:2])
     return knocks
