@@ -417,8 +417,8 @@ class KnockedLinear(nn.Linear):
 
 
 def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=slice(None)) -> dict:
-    """Put knocks of `kind` (linear or mlp) on a model that is not ours: on each nn.Linear whose
-    name matches the fnmatch `pattern`, such as "*.v_proj". Its heads, each head_dim neighbouring
+    """Put knocks of `kind` (linear or mlp) on a model that is not ours: on each nn.Linear with a
+    name that fits the fnmatch `pattern`, such as "*.v_proj". Its heads, each head_dim neighbouring
     outputs, share one knock. With `rows` only these outputs have it: nanoGPT's values are
     slice(2 * n_embd, 3 * n_embd), GPT-NeoX's are no slice. Knocks start as the identity, in float32
     or wider: in bfloat16 a small step from 1 is lost. Returns {name of a projection: its Knock}.

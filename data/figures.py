@@ -14,7 +14,7 @@ PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200 NVL": 835e12, "H200": 989e12, "NVI
 
 
 def of_gpu(table: dict[str, float], gpu: str) -> float | None:
-    """The number in `table` for a GPU: the first whose key is a part of its name; else None."""
+    """The number in `table` for a GPU: the first with a key that is in its name; else None."""
     return next((number for key, number in table.items() if key in gpu), None)
 
 

@@ -38,7 +38,7 @@ MAY_CHANGE = ("block_size", "knock_q", "knock_k", "knock_v", "knock_init", "rope
 
 
 def gated_knocks(config: Config) -> dict[str, str]:
-    """The projections whose knock has a gate, which stays after folding, with the kind of that
+    """The projections with a knock that has a gate, which stays after folding, and the kind of that
     knock: v_proj -> mlp."""
     kinds = {f"{part}_proj": getattr(config, f"knock_{part}") for part in "qkv"}
     return {name: kind for name, kind in kinds.items() if kind in ("mlp", "gate")}

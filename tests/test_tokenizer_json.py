@@ -40,7 +40,7 @@ BITS = [
 
 
 def texts():
-    """Texts on whose pieces regular expressions could disagree."""
+    """Regular expressions could disagree on the pieces of these texts."""
     rng = random.Random(0)
     yield from ("", *BITS, "".join(BITS))
     for length in [2] * 1000 + [30] * 300:
@@ -188,7 +188,7 @@ def test_we_have_the_ids_of_the_library(small):
 
 
 def test_the_end_of_a_document_is_not_in_its_text():
-    """A file that looks whole pieces up, and whose pieces are whole texts."""
+    """A file that looks whole pieces up, and takes a whole text as one piece."""
     content = json.loads(to_json(load_tokenizer("byte")))
     content["model"]["ignore_merges"] = True
     with pytest.raises(ValueError, match="do not spell the text '<.endoftext.>'"):
