@@ -522,7 +522,7 @@ def check_own(model: nn.Module, parts: set[nn.Module]) -> None:
         # LoRA shows the weight of the layer in it. Another forward may take another weight.
         wrapped = part.weight is not part._parameters.get("weight") or "forward" in vars(part)
         if sharded or wrapped or any(type(x) is Tensor or held.count(id(x)) > 1 for x in own):
-            raise ValueError(f"{name} is shared, sharded or computed (by LoRA: merge): fold first")
+            raise ValueError(f"{name} is shared, sharded or computed: fold first, or merge LoRA")
 
 
 def fold_gate(part: Heads, wo: nn.Module | None) -> None:
