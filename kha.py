@@ -79,7 +79,7 @@ class Config:
 
 # Each kind of knock and its (D, D) matrices; and how each matrix starts (section 3.3).
 KNOCKS = {"none": (), "linear": ("t",), "mlp": ("up", "gate", "down"), "gate": ("gate",)}
-STARTS = {"t": nn.init.eye_, "up": nn.init.eye_, "gate": nn.init.zeros_, "down": nn.init.eye_}
+INITS = {"t": nn.init.eye_, "up": nn.init.eye_, "gate": nn.init.zeros_, "down": nn.init.eye_}
 
 
 class Knock(nn.Module):
@@ -102,7 +102,7 @@ class Knock(nn.Module):
         self.kind, self.head_dim = kind, head_dim
         for name in KNOCKS[kind]:
             matrix = nn.Parameter(torch.empty(head_dim, head_dim))
-            self.register_parameter(name, STARTS[name](matrix))
+            self.register_parameter(name, INITS[name](matrix))
 
     def extra_repr(self) -> str:  # for print(model)
         return f"{self.kind}, {self.head_dim}"
@@ -127,7 +127,7 @@ class Heads(nn.Module):
     def __init__(self, n_in: int, n_head: int, head_dim: int, kind: str = "none"):
         super().__init__()
         # As in nn.Linear: rows i * D to (i + 1) * D are the transposed W_i of head i.
-        self.weight = nn.Parameter(torch.empty(n_head * head_dim, n_in))
+        self.weight = nn.Parameter(0.02 * torch.randn(n_head * head_dim, n_in))
         self.knock = Knock(kind, head_dim)
 
     def absorbed_weight(self, dtype: torch.dtype) -> Tensor:
@@ -255,7 +255,7 @@ def init_weights(module: nn.Module, config: Config, aside: torch.Generator | Non
         if "knock." in name and config.knock_init == "random":
             p.normal_(std=len(p) ** -0.5, generator=aside)  # keeps the variance
         elif "knock." in name:
-            STARTS[name.split(".")[-1]](p)
+            INITS[name.split(".")[-1]](p)
         elif p.dim() == 1:  # the norms
             p.fill_(1)
         elif name.endswith(("wo.weight", "w_down", "experts_down")):
@@ -439,8 +439,8 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
     for part, name in matches.items():
         name = name or "the model"
         if type(part) not in (nn.Linear, KnockedLinear):
-            raise ValueError(f"{name} is a {type(part).__name__}, not an nn.Linear: match one, and"
-                             " add knocks before it is quantised or wrapped")
+            raise ValueError(f"{name} is a {type(part).__name__}, not an nn.Linear: only those can"
+                             " have knocks, and before they are quantised or wrapped")
         if "forward" in vars(part) or type(part.weight) not in (nn.Parameter, Tensor):
             raise ValueError(f"{name} is sharded or has a forward of its own: add knocks first")
         start, stop, step = rows.indices(part.out_features)
@@ -480,9 +480,9 @@ class FoldedGate(nn.Module):
 def fold(model: nn.Module) -> nn.Module:
     """Multiply knocks into the weights beside them, in place; returns the model. Its outputs change
     by rounding only. Linear knocks vanish (eq. 8), also those of `add_knocks` if no MLP knock is on
-    the same projection. Of an mlp or gate knock of a `Transformer` a `FoldedGate` remains. No
-    Config describes it, so save the model before. Other knocks stay as they are. Raises ValueError,
-    with nothing changed, if one of these weights is shared, sharded or computed."""
+    the same projection. Of an mlp or gate knock in `Heads` a `FoldedGate` remains. No Config
+    describes it, so save the model before. Other knocks stay as they are. Raises ValueError, with
+    nothing changed, if one of these weights is shared, sharded or computed."""
     attns = [part for part in model.modules() if isinstance(part, GQA)]
     # Attention is linear in the values. So W^down can go into W^O, which all of them pass.
     wo = {attn.wv: attn.wo for attn in attns if attn.wv.knock.kind == "mlp"}

@@ -32,8 +32,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, n_embd: int, d_ff: int):
         super().__init__()
-        self.w_up = nn.Parameter(torch.empty(2 * d_ff, n_embd))  # gate rows, then up rows
-        self.w_down = nn.Parameter(torch.empty(n_embd, d_ff))
+        self.w_up = nn.Parameter(0.02 * torch.randn(2 * d_ff, n_embd))  # gate rows, then up rows
+        self.w_down = nn.Parameter(0.02 * torch.randn(n_embd, d_ff))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(swiglu(F.linear(x, self.w_up.to(x.dtype))), self.w_down.to(x.dtype))
@@ -80,10 +80,10 @@ class MoE(nn.Module):
     def __init__(self, n_embd: int, d_ff: int, n_expert: int, top_k: int):
         super().__init__()
         self.n_expert, self.top_k = n_expert, top_k
-        self.router = nn.Parameter(torch.empty(n_expert, n_embd))
+        self.router = nn.Parameter(0.02 * torch.randn(n_expert, n_embd))
         # As grouped_mm takes them: x @ weight, where SwiGLU has x @ weight.T.
-        self.experts_up = nn.Parameter(torch.empty(n_expert, n_embd, 2 * d_ff))  # gate, then up
-        self.experts_down = nn.Parameter(torch.empty(n_expert, d_ff, n_embd))
+        self.experts_up = nn.Parameter(0.02 * torch.randn(n_expert, n_embd, 2 * d_ff))  # gate, up
+        self.experts_down = nn.Parameter(0.02 * torch.randn(n_expert, d_ff, n_embd))
         # float32 whatever the default is: a step of the bias is too fine for bfloat16
         self.register_buffer("bias", torch.zeros(n_expert, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(n_expert, dtype=torch.float32))

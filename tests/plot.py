@@ -8,7 +8,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from kha import STARTS
+from kha import INITS
 from tests.report import (
     Findings,
     best_runs,
@@ -20,21 +20,21 @@ from tests.report import (
 
 COLORS = {
     "none": "#444444",
-    "linear on v": "#0072b2",
-    "mlp on v": "#d55e00",
-    "gate on v": "#cc79a7",
-    "linear on q, k, v": "#56b4e9",
-    "mlp on q, k, v": "#e69f00",
-    "mlp on v, random start": "#009e73",
-    "mlp on v, no decay": "#882255",
+    "linear on v, decay": "#0072b2",
+    "mlp on v, decay": "#d55e00",
+    "gate on v, decay": "#cc79a7",
+    "linear on q, k, v, decay": "#56b4e9",
+    "mlp on q, k, v, decay": "#e69f00",
+    "mlp on v, random start, decay": "#009e73",
+    "mlp on v": "#882255",
     "nanoGPT": "#0072b2",
-    "linear on v, no decay": "#0072b2",
-    "gate on v, no decay": "#cc79a7",
-    "mlp on q, k, v, no decay": "#e69f00",
+    "linear on v": "#0072b2",
+    "gate on v": "#cc79a7",
+    "mlp on q, k, v": "#e69f00",
     "mlp on v, decay to the start": "#0072b2",
     "mlp on v, slow": "#009e73",
+    "mlp on v, one for each head, decay": "#009e73",
     "mlp on v, one for each head": "#009e73",
-    "mlp on v, one for each head, no decay": "#009e73",
 }
 LOSS = "held-out loss, nats per byte"
 DIFFERENCE = "difference to no knocks, nats per byte"
@@ -91,7 +91,7 @@ def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
 
 def without_decay(kind: str) -> bool:
     """Whether a kind has no knocks that decay. Pictures of a run's course leave out the others."""
-    return kind in ("none", "nanoGPT") or kind.endswith("no decay")
+    return not kind.endswith(", decay")
 
 
 def draw_losses(findings: Findings, group: str, path: Path) -> Path:
@@ -179,7 +179,7 @@ def draw_lengths(findings: Findings, path: Path) -> Path:
     bytes of a whole run: pairs as dots, their means and 95% intervals as bars."""
     figure, axes = plt.subplots(figsize=(7, 4))
     ticks = set()
-    for kind, shift in (("mlp on v, no decay", 0.97), ("mlp on v", 1.03)):  # side by side
+    for kind, shift in (("mlp on v", 0.97), ("mlp on v, decay", 1.03)):  # side by side
         for group in findings.groups:
             differences = findings.differences(group, kind)
             if differences:
@@ -266,7 +266,7 @@ def draw_matrices(matrices: dict[str, np.ndarray], path: Path) -> Path:
         rows.setdefault(kind, []).append((int(layer), matrix.astype(np.float32)))
 
     def order(row: tuple) -> tuple:
-        return list(STARTS).index(row[0].split(".")[-1]), row[0]
+        return list(INITS).index(row[0].split(".")[-1]), row[0]
 
     n_layer = max(len(layers) for layers in rows.values())
     size = (1.5 + n_layer, 0.5 + len(rows))

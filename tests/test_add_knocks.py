@@ -463,7 +463,7 @@ def set_forward(model):
     model.v_proj.forward = lambda x: x  # as accelerate does it; it would go round the knock
 
 
-WRAPPED = "not an nn.Linear: .*before it is quantised or wrapped"
+WRAPPED = "not an nn.Linear: .*before they are quantised or wrapped"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

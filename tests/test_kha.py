@@ -16,6 +16,7 @@ from data import loss as chunked
 from data.figures import count_params, flops_per_token, knock_movement, knocks_of
 from data.loss import chunked_loss
 from kha import Config, Heads, Knock, Transformer, fold, rope_tables, rotate
+from moe import MoE, SwiGLU
 from sample import Cache, generate
 from tests import reference
 from tests.reference import relative_error, scramble
@@ -183,6 +184,14 @@ def test_every_weight_starts_with_its_standard_deviation(attention, ffn):
             assert p.std().item() == pytest.approx(std, rel=0.1), name
             assert abs(p.mean().item()) < 0.1 * std, name
     assert not any(buffer.any() for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("part", [
+    lambda: Heads(64, 4, 16), lambda: SwiGLU(64, 128), lambda: MoE(64, 32, 8, 2)])
+def test_a_part_in_a_model_of_ones_own_has_a_start(part):
+    torch.manual_seed(0)
+    for name, p in part().named_parameters():
+        assert p.std().item() == pytest.approx(0.02, rel=0.1), name
 
 
 def test_random_knocks_keep_the_variance():
