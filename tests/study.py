@@ -83,18 +83,18 @@ LEARNING = (  # settings of the training that decide what a run learns
 
 KINDS = {  # the peer that runs it, "" for train.py, and its options
     "none": ("", "--knock_v none"),
-    "linear on v": ("decay", "--knock_v linear"),
-    "mlp on v": ("decay", "--knock_v mlp"),
-    "gate on v": ("decay", "--knock_v gate"),
-    "linear on q, k, v": ("decay", "--knock_q linear --knock_k linear --knock_v linear"),
-    "mlp on q, k, v": ("decay", "--knock_q mlp --knock_k mlp --knock_v mlp"),
-    "mlp on v, random start": ("decay", "--knock_v mlp --knock_init random"),
-    "mlp on v, one for each head": ("unshared", "--knock_v mlp"),
-    "linear on v, no decay": ("", "--knock_v linear"),
-    "mlp on v, no decay": ("", "--knock_v mlp"),
-    "gate on v, no decay": ("", "--knock_v gate"),
-    "mlp on q, k, v, no decay": ("", "--knock_q mlp --knock_k mlp --knock_v mlp"),
-    "mlp on v, one for each head, no decay": ("unshared-no-decay", "--knock_v mlp"),
+    "linear on v, decay": ("decay", "--knock_v linear"),
+    "mlp on v, decay": ("decay", "--knock_v mlp"),
+    "gate on v, decay": ("decay", "--knock_v gate"),
+    "linear on q, k, v, decay": ("decay", "--knock_q linear --knock_k linear --knock_v linear"),
+    "mlp on q, k, v, decay": ("decay", "--knock_q mlp --knock_k mlp --knock_v mlp"),
+    "mlp on v, random start, decay": ("decay", "--knock_v mlp --knock_init random"),
+    "mlp on v, one for each head, decay": ("unshared", "--knock_v mlp"),
+    "linear on v": ("", "--knock_v linear"),
+    "mlp on v": ("", "--knock_v mlp"),
+    "gate on v": ("", "--knock_v gate"),
+    "mlp on q, k, v": ("", "--knock_q mlp --knock_k mlp --knock_v mlp"),
+    "mlp on v, one for each head": ("unshared-no-decay", "--knock_v mlp"),
     "mlp on v, decay to the start": ("to-start", "--knock_v mlp"),
     "mlp on v, slow": ("slow", "--knock_v mlp"),
 }
@@ -135,22 +135,21 @@ def grid(groups: dict[str, str], kinds: list[str], seeds: Iterable[int]) -> list
     return runs
 
 
-# Lists of kinds. In train.py knocks do not decay: its kinds have "no decay" in their names.
-DEFAULT = ["none", "mlp on v, no decay"]
-NO_DECAY = ["none", "linear on v, no decay", "mlp on v, no decay"]
-PAIR = ["none", "mlp on v"]
-BOTH = [*PAIR, "mlp on v, no decay"]
+# Lists of kinds. In train.py knocks do not decay; kinds with "decay" in their names do.
+DEFAULT = ["none", "mlp on v"]
+WITH_LINEAR = ["none", "linear on v", "mlp on v"]
+DECAY = ["none", "mlp on v, decay"]
+BOTH = [*DECAY, "mlp on v"]
 TYPES = [
-    "mlp on v", "linear on v", "gate on v", "linear on q, k, v", "mlp on q, k, v",
-    "mlp on v, random start", "linear on v, no decay", "gate on v, no decay",
-    "mlp on q, k, v, no decay",
+    "mlp on v, decay", "linear on v, decay", "gate on v, decay", "linear on q, k, v, decay",
+    "mlp on q, k, v, decay", "mlp on v, random start, decay", "linear on v", "gate on v",
+    "mlp on q, k, v",
 ]  # fmt: skip
 GPT2_TYPES = [
-    "mlp on v, one for each head, no decay", "gate on v, no decay", "mlp on q, k, v, no decay",
-    "mlp on v",
+    "mlp on v, one for each head", "gate on v", "mlp on q, k, v", "mlp on v, decay",
 ]  # fmt: skip
-OWN = ["mlp on v, one for each head", "mlp on v, one for each head, no decay"]
-RULES = ["mlp on v, no decay", "mlp on v, decay to the start", "mlp on v, slow"]
+OWN = ["mlp on v, one for each head, decay", "mlp on v, one for each head"]
+RULES = ["mlp on v", "mlp on v, decay to the start", "mlp on v, slow"]
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
 THIRD = "--n_layer 6 --n_embd 384 --n_head 9 --n_kv_head 3"
 THRICE = "--n_layer 14 --n_embd 768 --n_head 18 --n_kv_head 6"
@@ -190,7 +189,7 @@ STUDIES = {
         "learning rate",
         grid(
             {f"{lr:g}": small(steps=1830, lr=lr) for lr in RATES},
-            ["none", "linear on v", "mlp on v"],
+            ["none", "linear on v, decay", "mlp on v, decay"],
             range(1, 3),
         ),
     ),
@@ -198,14 +197,14 @@ STUDIES = {
         "",
         grid({"": small()}, DEFAULT, range(1, 5))
         + grid({"": small()}, TYPES, range(1, 5))
-        + grid({"": small()}, PAIR, range(5, 9)),
+        + grid({"": small()}, DECAY, range(5, 9)),
     ),
-    "toy": Study("", grid({"": "toy"}, PAIR, range(1, 6))),
+    "toy": Study("", grid({"": "toy"}, DECAY, range(1, 6))),
     "tokens": Study(
         "bytes",
         grid(SHORTER, BOTH, range(1, 5))
         + grid(LONGER, BOTH, range(1, 4))
-        + grid({"250M": small()}, PAIR, range(5, 9)),
+        + grid({"250M": small()}, DECAY, range(5, 9)),
     ),
     "kv_heads": Study(
         "key/value heads of 12",
@@ -214,22 +213,22 @@ STUDIES = {
     ),
     "sizes": Study(
         "parameters",
-        grid(SIZES, NO_DECAY, range(1, 4)) + grid(LARGER, NO_DECAY, range(1, 4)),
+        grid(SIZES, WITH_LINEAR, range(1, 4)) + grid(LARGER, WITH_LINEAR, range(1, 4)),
     ),
     "variants": Study(
         "attention",
         grid(VARIANTS, BOTH, range(1, 4))
-        + grid(MLA, ["none", "linear on v, no decay"], range(1, 4)),
+        + grid(MLA, ["none", "linear on v"], range(1, 4)),
     ),
     "decay": Study(
         "",
-        grid({"": small()}, PAIR, range(1, 5)) + grid({"": small()}, RULES, range(1, 5)),
-        baseline="mlp on v",
+        grid({"": small()}, DECAY, range(1, 5)) + grid({"": small()}, RULES, range(1, 5)),
+        baseline="mlp on v, decay",
     ),
-    "heads": Study("query heads", grid(HEADS, PAIR, range(1, 4))),
+    "heads": Study("query heads", grid(HEADS, DECAY, range(1, 4))),
     "gpt2": Study(
         "tokens",
-        grid({"82M": gpt2(6e-4)}, NO_DECAY, range(1, 4))
+        grid({"82M": gpt2(6e-4)}, WITH_LINEAR, range(1, 4))
         + grid({"164M": gpt2(6e-4, steps=5000)}, DEFAULT, range(1, 4))
         + grid({"82M": gpt2(6e-4)}, GPT2_TYPES, range(1, 4))
         + grid({"82M": gpt2(6e-4)}, DEFAULT, range(4, 7)),
@@ -244,7 +243,8 @@ STUDIES = {
     ),
 }
 FIGURE_3 = [  # runs with matrices to keep
-    run.command for run in grid({"": small()}, ["linear on v", "mlp on v"], range(1, 2))
+    run.command
+    for run in grid({"": small()}, ["linear on v, decay", "mlp on v, decay"], range(1, 2))
 ]
 
 # ---- running

@@ -336,7 +336,7 @@ def test_data_of_another_tokenizer_are_refused(data, clone):
 def test_time_to_loss_in_the_shape_of_a_toy(data, clone, monkeypatch, capsys):
     options = f"{TINY} --eval_every 8"
     runs = [study.Run("1", "nanoGPT", 1, f"nanoGPT {options}")]
-    runs += study.grid({"1": options}, study.PAIR, [1])
+    runs += study.grid({"1": options}, study.DECAY, [1])
     monkeypatch.setitem(study.STUDIES, "time_to_loss", study.Study("learning rate", runs))
     for _ in range(2):  # the second time there is nothing to do
         with pytest.raises(SystemExit) as end:

@@ -22,8 +22,9 @@ def test_the_reading_guide_names_what_is_there(name, file):
     assert re.search(rf"^\s*(class |def )?{name}\b", (ROOT / file).read_text(), re.MULTILINE)
 
 
-MLP = "mlp on v, no decay"
-SMALL = "`small`, 4 value heads for 12 query heads, mlp on v, 250M bytes of Python source"
+MLP = "mlp on v"
+SMALL = ("`small`, 4 value heads for 12 query heads, mlp on v, 250M bytes of Python source"
+         " (at equal time half is left)")
 
 
 @cache
@@ -33,16 +34,17 @@ def findings(study):
 
 
 @pytest.mark.parametrize("row,study,data,group,kind", [
-    ("`gpt2`, mlp on v, 82M tokens of Python source", "gpt2", 0, "82M", MLP),
+    ("`gpt2`, mlp on v, 82M tokens of Python source (at equal time two thirds are left)",
+     "gpt2", 0, "82M", MLP),
     ("the same, as a control: a knock of its own for each head", "gpt2", 0, "82M",
-     "mlp on v, one for each head, no decay"),
+     "mlp on v, one for each head"),
     ("`gpt2`, mlp on q, k and v (H100s against H200s; at equal time nothing is left)",
-     "gpt2", 0, "82M", "mlp on q, k, v, no decay"),
+     "gpt2", 0, "82M", "mlp on q, k, v"),
     ("`gpt2`, mlp on v, 82M tokens of English books and manuals", "gpt2", 1, "82M", MLP),
     ("`moe-0.4b-2.3b` with 50,304 token ids, mlp on v, 33M tokens of Python source (not shown)",
      "mixture", 0, "", MLP),
     (SMALL, "types", 0, "", MLP),
-    ("the same with 12 value heads", "kv_heads", 0, "12", MLP),
+    ("the same with 12 value heads (at equal time no gain is shown)", "kv_heads", 0, "12", MLP),
     ("the same with 1 value head", "kv_heads", 0, "1", MLP),
 ])  # fmt: skip
 def test_a_row_of_results_is_what_its_study_says(row, study, data, group, kind):
@@ -81,14 +83,14 @@ def test_the_headline_is_what_the_results_say():
         f"`gpt2` ends {lower} nats a token lower after 164M tokens of Python source, at {ours:.3f},"
         f" not {none:.3f}, and passes {none:.3f} after {first} to {last}% of the updates"
     ) in prose
-    one, own = (texts[0].results["82M", f"mlp on v{more}, no decay"]
+    one, own = (texts[0].results["82M", f"mlp on v{more}"]
                 for more in ("", ", one for each head"))
     apart = [one[seed]["val_loss"] - own[seed]["val_loss"] for seed in own]
     assert f"it ends {shown(apart)} higher than with one knock for all heads" in details
     long = findings("tokens")[0].differences("1B", MLP)
     assert f"`small` ends {shown(long)} lower after 1B" in prose
     types = findings("types")[0].results
-    start, identity = types["", "mlp on v, random start"], types["", "mlp on v"]
+    start, identity = types["", "mlp on v, random start, decay"], types["", "mlp on v, decay"]
     worse = [start[seed]["val_loss"] - identity[seed]["val_loss"] for seed in start]
     assert f"ends {shown(worse, 1)} above the start at the identity" in details
 

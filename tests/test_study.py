@@ -45,7 +45,7 @@ def stand_in(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "TRAIN", [sys.executable, str(tmp_path / "train.py")])
 
 
-def grid(steps=20, kinds=("none", "mlp on v, no decay"), seeds=(1,), more=""):
+def grid(steps=20, kinds=("none", "mlp on v"), seeds=(1,), more=""):
     return study.grid({"": f"{TINY} --steps {steps} {more}".strip()}, kinds, seeds)
 
 
@@ -119,7 +119,7 @@ def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
 
     assert diverged["val_loss"] is None and diverged["skipped"] == 10
     assert diverged["tokens"] < 20 * 256 and len(diverged["curve"]) == diverged["tokens"] // 256
-    with np.load("results/figure3-mlp-on-v,-no-decay.npz") as matrices:
+    with np.load("results/figure3-mlp-on-v.npz") as matrices:
         assert {m.shape for m in matrices.values()} == {(8, 8)} and len(matrices.files) == 3
     left = [path for path in Path("out/study").iterdir() if path.is_dir()]
     assert len(left) == 1 and "vocab_size-100" in left[0].name  # what failed can be looked at
@@ -132,7 +132,7 @@ def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
 
 
 def test_an_interrupted_run_leaves_no_line_and_goes_on(start_study, data, monkeypatch):
-    runs = grid(steps=400, kinds=["mlp on v, no decay"])
+    runs = grid(steps=400, kinds=["mlp on v"])
     process = start_study(runs)
     wait_for_updates()
     process.send_signal(signal.SIGINT)
@@ -330,7 +330,7 @@ def test_every_run_has_its_baseline_and_is_known_to_train_py(name):
 
 def test_a_pair_stands_side_by_side():
     pairs = [(run.kind, run.seed) for run in study.STUDIES["types"].runs[:8]]
-    both = ["none", "mlp on v, no decay"]
+    both = ["none", "mlp on v"]
     assert [seed for _, seed in pairs] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert [kind for kind, _ in pairs] == [*both, *both[::-1]] * 2
 
@@ -590,7 +590,7 @@ def test_the_picture_of_gpt2_has_all_kinds_that_do_not_decay(monkeypatch):
     assert not top_apart.lines and len(bottom_apart.lines) > 1  # no seed that all have, but pairs
     assert top.get_ylabel() == "held-out loss, nats per token"
     assert bottom.get_xlabel() == "millions of tokens trained on"
-    kinds = {run.kind for run in runs} - {"mlp on v"}
+    kinds = {run.kind for run in runs} - {"mlp on v, decay"}
     assert len(top.lines) == len(kinds) == len(bottom.lines)  # there none is the line at 0
     assert {line.get_label().removesuffix(", 3 seeds") for line in top.lines} == kinds
     lowest, last = (min(line.get_ydata()[-1] for line in axes.lines) for axes in (top, bottom))
@@ -605,7 +605,7 @@ def test_the_picture_of_times_leaves_out_knocks_that_decay(monkeypatch):
     lines = [result(run, 2.0, study="time_to_loss") for run in times.runs]
     plot.draw_study("time_to_loss", report.Findings(times, lines), Path("."))
     labels = drawn[0].get_legend_handles_labels()[1]
-    assert labels == ["nanoGPT", "ours, none", "ours, mlp on v, no decay"]
+    assert labels == ["nanoGPT", "ours, none", "ours, mlp on v"]
 
 
 def test_without_a_pair_there_are_no_pictures(capsys):
