@@ -31,6 +31,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from data.checkpoint import Saver, best_so_far, list_to_resume, read_newest, restore, start_from
+from data.checks import check_run
 from data.device import (
     Moment,
     can_capture,
@@ -58,10 +59,8 @@ from data.processes import (
 )
 from data.script import add_fields, parse_args, run_script
 from data.tokens import (
-    SPLITS,
-    check_tokenizer,
+    Tokenizer,
     draw_batch,
-    load_meta,
     load_tokenizer,
     open_tokens,
     tokenizer_for_checkpoint,
@@ -329,49 +328,13 @@ def warn_of_a_jump(before: TrainConfig, after: TrainConfig, step: int) -> None:
              " schedule is another one now")
 
 
-def check_run(config: Config, train: TrainConfig, checkpoint: dict | None,
-              device: str) -> tuple[dict, TrainConfig]:
-    """Raises ValueError for what does not fit. Returns the meta.json of the data, and the settings
-    with the micro_batch of this run: the largest, up to the given one, that divides the sequences
-    of a process in an update. A checkpoint keeps the given one, because a resumed run may have more
-    or fewer processes."""
-    T, data, n_process = config.block_size, train.data, n_processes()
-    start = checkpoint["step"] if checkpoint else 0
-    # Here all processes also wait until the first one of each machine has prepared the data.
-    if sum_over_processes(torch.tensor(start, device=device)) != start * n_process:
-        raise ValueError(f"the processes found different checkpoints in {train.out}: name a folder"
-                         " that all machines share")
-    meta, unit = load_meta(data), T * n_process
-    data_hash = meta["train"]["sha256"]
-    if checkpoint:
-        check_tokenizer(data, checkpoint["tokenizer"])
-    each, rest = divmod(train.batch_tokens, unit)  # sequences of a process
-    if rest:
-        size = min(train.micro_batch, each + 1)  # advise no micro-batches smaller than this
-        raise ValueError(f"batch_tokens must be a multiple of block_size * processes = {T} *"
-                         f" {n_process} = {unit}, not {train.batch_tokens}: add --batch_tokens"
-                         f" {(each // size + 1) * size * unit}")
-    micro = max(n for n in range(1, min(train.micro_batch, each) + 1) if each % n == 0)
-    if meta["vocab_size"] > config.vocab_size:
-        raise ValueError(
-            f"{data} has a vocabulary of {meta['vocab_size']} ({meta['tokenizer']}), more than the"
-            f" model's {config.vocab_size}: add --vocab_size {-(-meta['vocab_size'] // 64) * 64}"
-        )
-    n, split = min((meta[split]["tokens"], split) for split in SPLITS)
-    if n <= T:
-        raise ValueError(f"{data} ({split}) has {n} tokens, fewer than one sequence of {T} + 1:"
-                         f" prepare more text, or train with --block_size {n - 1} or less")
-    if train.eval_tokens < T:
-        raise ValueError(f"eval_tokens must be at least block_size, {T}, not {train.eval_tokens}")
-    if start > train.steps:
-        raise ValueError(f"the run in {train.out} has done {start} steps, more than --steps"
-                         f" {train.steps}: give --steps {start + 1} or more")
-    if os.path.realpath(train.out) == os.path.realpath(data):
-        raise ValueError(f"{data} holds the data: choose another --out")
-    if checkpoint and checkpoint.get("data", data_hash) != data_hash:
-        raise ValueError(f"{data} is not the data that the run in {train.out} was trained on: name"
-                         " that with --data")
-    return meta, dataclasses.replace(train, micro_batch=micro)
+def show_sample(model: Transformer, tokenizer: Tokenizer, train: TrainConfig, rank: int) -> None:
+    """Print what the model makes of `prompt`. All processes take part, because with FSDP each has a
+    part of the weights."""
+    torch.compiler.set_stance("force_eager")  # each length would be compiled for itself
+    with nullcontext() if rank == 0 else redirect_stdout(None):
+        print("a sample:")
+        write_samples(model.eval(), tokenizer, train.prompt, max_new_tokens=train.sample_tokens)
 
 
 def main(argv: list[str]) -> None:
@@ -426,7 +389,10 @@ def main(argv: list[str]) -> None:
             saves = train.save_every and (last or done % train.save_every == 0)
             ahead = 1 if device.startswith("cuda") else 0  # a GPU always has an update waiting
             while len(waiting) > (0 if evaluates or saves or stopping else ahead):
-                finite, stopping = log.update(*waiting.popleft())
+                at, its_lr, arrive = waiting.popleft()
+                (*numbers, finite, n_stopping), moment = arrive()
+                log.update(at, its_lr, moment, *numbers, finite=finite > 0)
+                stopping = n_stopping > 0
             val_loss = None
             if evaluates:
                 share = evaluate(wrapped, held_out, T, train.micro_batch, device, rank, n_process)
@@ -448,10 +414,7 @@ def main(argv: list[str]) -> None:
     elif start == train.steps:
         log.say(f"nothing to train: all {start} steps are done (give more --steps)")
     if train.sample_tokens and not stopping:
-        torch.compiler.set_stance("force_eager")  # each length would be compiled for itself
-        # All processes sample, because with FSDP each has a part of the weights. One prints.
-        with nullcontext() if rank == 0 else redirect_stdout(None):
-            write_samples(model.eval(), tokenizer, train.prompt, max_new_tokens=train.sample_tokens)
+        show_sample(model, tokenizer, train, rank)
     del step_once  # NCCL would wait forever for a graph that holds its work
     leave_processes()
 

@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 
 import torch
@@ -156,16 +155,12 @@ class Log:
             self.say(f"this is for a GPU: two CPU cores need about {minutes:,.0f} minutes and much"
                      f" memory for an update, less with --batch_tokens {least} --micro_batch 1")
 
-    def update(
-        self, step: int, lr: float, arrive: Callable[[], tuple[list, Moment]]
-    ) -> tuple[bool, bool]:
-        """Log an update's numbers, for which `arrive` (of device.copy_to_cpu) waits: loss,
-        grad_norm, worst_load (0 for a dense model), whether they are finite, and whether the run
-        stops; returns these last two.
+    def update(self, step: int, lr: float, moment: Moment, loss: float, grad_norm: float,
+               worst_load: float, finite: bool) -> None:
+        """Log an update, which the device had done at `moment`: see train.update for the numbers.
 
         Raises ValueError after MAX_SKIPPED updates in a row that were not finite.
         """
-        (loss, grad_norm, worst_load, finite, stopping), moment = arrive()
         record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
         if worst_load:
             record["worst_load"] = worst_load
@@ -175,7 +170,7 @@ class Log:
             record["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         if self.peak_flops:
             record["mfu"] = record["tokens_per_s"] * self.flops_per_token / self.peak_flops
-        self.count(loss, bool(finite))
+        self.count(loss, finite)
         self.write(**record, spikes=self.spikes, skipped=self.skipped)
         self.progress.update(record)
         if self.skipped_in_a_row == MAX_SKIPPED:
@@ -189,7 +184,6 @@ class Log:
                 f"{MAX_SKIPPED} updates in a row, the last step {step}, had a loss or gradient"
                 f" that is not finite: {way}"
             )
-        return bool(finite), bool(stopping)
 
     def restart_clock(self) -> None:
         """Start the clock of the next update."""

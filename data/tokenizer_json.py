@@ -80,7 +80,8 @@ class JsonTokenizer:
             (library.num_special_tokens_to_add(False),
              "a post_processor that adds tokens: set it to null"),
             (self.eot_token not in added or not added[self.eot_token].special,
-             f"no special token {END}, which ends documents here: put it into added_tokens"),
+             f"no special token {END}, which ends documents here: add it by"
+             f' Tokenizer.from_file(PATH).add_special_tokens(["{END}"]), then save(PATH)'),
         ]:  # fmt: skip
             if wrong:
                 raise ValueError(f"cannot use the tokenizer {name}, which has {what}")

@@ -151,7 +151,8 @@ def load_meta(folder: str) -> dict[str, Any]:
                                     f"python data/prepare.py {folder} --out data/mine, and name "
                                     "data/mine here")
         raise FileNotFoundError(f"no prepared data in {folder}: run python data/prepare.py --out "
-                                f"{folder} (your own texts, if any, go before --out)")
+                                f"{folder} (your own texts, if any, go before --out); the data of "
+                                "the studies are made by tests/study.py")
     try:
         meta = json.loads(path.read_bytes())
         sizes = {split: meta[split]["tokens"] * np.dtype(meta["dtype"]).itemsize

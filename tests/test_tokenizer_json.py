@@ -223,7 +223,7 @@ NO_SPACES = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, 
     "path,value,message",
     [
         ("added_tokens", [], "which has no special token <|endoftext|>"),
-        ("added_tokens", [added(END, 0, special=False)], "<|endoftext|>.*: put it into"),
+        ("added_tokens", [added(END, 0, special=False)], "<|endoftext|>.*: add it by"),
         ("model", UNIGRAM, "the token .'\u2581the'., not spelt in bytes: use a byte-level BPE"),
         ("model", {"type": "BPE", "vocab": {END: 0, "a": 1}, "merges": []}, "no token for a byte"),
         ("model/dropout", 0.1, "which has dropout: set it to null"),

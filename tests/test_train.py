@@ -263,7 +263,7 @@ def test_speed_is_tokens_in_a_second_and_the_share_of_all_peaks(tmp_path, monkey
         return SimpleNamespace(time=time, seconds_since=lambda earlier: time - earlier.time)
 
     def update_ends(step, time):
-        log.update(step, 0.1, lambda: ([2.0, 1.0, 0, True, False], at(time)))
+        log.update(step, 0.1, at(time), loss=2.0, grad_norm=1.0, worst_load=0, finite=True)
 
     monkeypatch.setattr("data.log.Moment", lambda device: at(10))
     log.begin(model, settings, "cuda:0", n_process=2, n_tokens=1000)
