@@ -264,7 +264,7 @@ NANOGPT = {
     "--batch_size": "--micro_batch", "--gradient_accumulation_steps": "--batch_tokens",
     "--learning_rate": "--lr", "--max_iters": "--steps", "--eval_interval": "--eval_every",
     "--init_from": "--resume",
-    **dict.fromkeys(("--dropout", "--dtype", "--min_lr", "--bias", "--backend"), ""),  # none here
+    **dict.fromkeys(("--dropout", "--dtype", "--min_lr", "--bias", "--backend", "--eval_only"), ""),
 }  # fmt: skip
 
 
