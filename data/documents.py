@@ -100,6 +100,9 @@ def download(url: str, path: Path) -> None:
               open(path, "wb") as file,
               tqdm(desc="downloading", unit="B", unit_scale=True, disable=None) as bar):
             response.raise_for_status()
+            if path.suffix.lower() in (".gz", ".zst"):
+                # Some servers say all the same that they packed it. We unpack it ourselves.
+                response.raw.headers.pop("Content-Encoding", None)
             for chunk in response.iter_content(PIECE):
                 bar.update(file.write(chunk))
     except requests.RequestException as error:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data.checkpoint import check_none_newer, list_checkpoints, list_to_resume, way_on
 from data.device import Moment
 from data.figures import PEAK_FLOPS, count_params, flops_per_token, of_gpu
-from data.script import naming
+from data.script import drop_unread_output, naming
 from kha import Transformer
 
 try:
@@ -192,6 +192,7 @@ class Log:
     def say(self, text: str) -> None:
         """Print a line, above the progress; nothing in processes that do not write."""
         if self.file:
+            drop_unread_output()
             self.progress.bar.write(text)
 
     def evaluation(self, step: int, val_loss: float, val_bpb: float, knocks: dict) -> None:
@@ -255,6 +256,7 @@ class Progress:
         text = f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s"
         if "mfu" in record:
             text += f"  mfu {record['mfu']:.1%}"
+        drop_unread_output()
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         late = time.monotonic() - self.written > SECONDS_A_LINE

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from data.script import handling
+from data.script import drop_unread_output, handling
 
 
 def join_processes(device: str) -> tuple[int, int, str]:
@@ -104,6 +104,7 @@ class Signals(ExitStack):
         now = time.monotonic()
         if self.first is None:
             self.first = now
+            drop_unread_output()
             if is_first():
                 # print would fail if the signal came during another print
                 os.write(2, b"stopping: the run saves a checkpoint after this update. A second"

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import os
 import re
+import select
 import signal
 import sys
 import tempfile
@@ -190,6 +191,20 @@ def handling(receive: Callable, *names: str) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def drop_unread_output() -> None:
+    """Let the output vanish that nobody can read any more, because its terminal is closed or tee
+    has ended. To print there is an error, which must not end a run that has something to save."""
+    if not hasattr(select, "poll"):  # Windows
+        return
+    for number in (1, 2):  # stdout and stderr
+        poll = select.poll()
+        poll.register(number, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
 
 
 def is_taken(path: str | os.PathLike) -> bool:

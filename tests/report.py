@@ -131,6 +131,8 @@ def append_result(path: Path, result: dict) -> None:
     with open(path, "ab", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         size = os.path.getsize(path)
+        if size and path.read_bytes()[-1:] != b"\n":  # a killed process left half a line
+            text = b"\n" + text
         if file.write(text) < len(text):
             file.truncate(size)
             raise OSError(f"{path} cannot grow, the disk is full: it is as it was before")

@@ -47,7 +47,14 @@ from data.checkpoint import list_to_resume
 from data.documents import find_files
 from data.log import MAX_SKIPPED
 from data.prepare import prepare
-from data.script import handling, import_optional, new_parser, parse_args, run_script
+from data.script import (
+    drop_unread_output,
+    handling,
+    import_optional,
+    new_parser,
+    parse_args,
+    run_script,
+)
 from data.tokens import SPLITS, load_meta
 from tests.peers import ROOT, missing, split_command
 from tests.report import (
@@ -515,9 +522,11 @@ class Runner:
         total = sum(job.tokens(job.settings["steps"]) for job in self.jobs)
         bar = tqdm(total=total, initial=self.tokens_done(), unit="tok", unit_scale=True,
                    smoothing=0, dynamic_ncols=True, disable=None)
-        with handling(lambda number, _: signals.append(number), "SIGTERM", "SIGINT"), bar:
+        names = ("SIGTERM", "SIGINT", "SIGHUP")
+        with handling(lambda number, _: signals.append(number), *names), bar:
             try:
                 while True:
+                    drop_unread_output()
                     stops = len(signals) or int(time.monotonic() > self.deadline)
                     if stops > told:
                         self.stop()

@@ -594,7 +594,8 @@ def server():
             super().__init__(*args, directory="www")
 
         def end_headers(self):  # some servers take a packed file for a packed answer
-            packed = ".gz" in self.path and "gzip" in self.headers["Accept-Encoding"]
+            asked = "gzip" in self.headers["Accept-Encoding"] or "unasked" in self.path
+            packed = ".gz" in self.path and asked
             if packed:
                 self.send_header("Content-Encoding", "gzip")
             super().end_headers()
@@ -607,6 +608,12 @@ def server():
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+def test_a_packed_file_is_unpacked_once_whatever_the_server_says(server):
+    Path("www/unasked.txt.gz").write_bytes(gzip.compress(b"some text\n" * 300))
+    prepare([f"{server}/unasked.txt.gz"], "out")
+    assert b"".join(text.encode() for text in all_documents()) == b"some text\n" * 300
 
 
 def test_url_with_a_bad_status(server):

@@ -1,8 +1,10 @@
 """Many processes compute what one does. Signals, torchrun, and two runs in one folder."""
 
 import functools
+import os
 import shutil
 import signal
+import subprocess
 from contextlib import contextmanager
 
 import pytest
@@ -18,6 +20,8 @@ from tests.runs import (
     SHORT,
     assert_same_run,
     at_step,
+    command,
+    environment,
     lines_of,
     names,
     run_process,
@@ -148,6 +152,25 @@ def test_under_nohup_a_closed_terminal_does_not_stop_a_run(whole, data, tmp_path
     with signalled(13, signal.SIGHUP, signal.SIG_IGN):
         main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
     assert_same_run(whole, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
+def test_a_run_that_nobody_can_read_any_more_is_saved(name, data, tmp_path):
+    """A closed terminal sends SIGHUP. Ctrl-C ends tee, too, and often sooner."""
+    ours, theirs = os.openpty() if name == "SIGHUP" else os.pipe()
+    args = command(*LONG, "--save_every", 0, "--data", data, "--out", tmp_path)
+    process = subprocess.Popen(args, env=environment(), stdout=theirs, stderr=theirs)
+    try:
+        os.close(theirs)
+        wait_for_update(tmp_path, process)
+        os.close(ours)
+        process.send_signal(getattr(signal, name))
+        assert process.wait(LIMIT) == 0
+    finally:
+        process.kill()
+        process.wait()
+    step = load_checkpoint(list_checkpoints(tmp_path)[0])[1]["step"]
+    assert [line["step"] for line in read_log(tmp_path)[0]] == list(range(1, step + 1))
 
 
 def test_torchrun_passes_a_signal_on(start, data, tmp_path):

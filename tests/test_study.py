@@ -131,13 +131,14 @@ def test_a_study_with_runs_that_fail_and_diverge(data, monkeypatch, capsys):
     assert "runs to do: 1, on" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_leaves_no_line_and_goes_on(start_study, data, monkeypatch):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_an_interrupted_run_leaves_no_line_and_goes_on(name, start_study, data, monkeypatch):
     runs = grid(steps=400, kinds=["mlp on v"])
     process = start_study(runs)
     wait_for_updates()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     output = process.communicate(timeout=LIMIT)[0]
-    assert process.returncode == 128 + signal.SIGINT
+    assert process.returncode == 128 + getattr(signal, name)
     stopped = int(re.search(r"stopped after step (\d+): toy", output)[1])
     assert 0 < stopped < 400 and report.read_results(Path("results")) == []
 
@@ -268,6 +269,14 @@ def test_a_full_disk_leaves_the_results_whole():
     with limit_files(len(before) + 10), pytest.raises(OSError, match="cannot grow"):
         report.append_result(Path("some.jsonl"), {"run": "another", "data": "abc"})
     assert Path("some.jsonl").read_bytes() == before
+
+
+def test_half_a_line_does_not_spoil_the_next():
+    Path("some.jsonl").write_text('{"run": "half')
+    report.append_result(Path("some.jsonl"), {"run": "toy", "data": "abc"})
+    with pytest.raises(ValueError, match=r"some.jsonl, line 1 is damaged"):
+        report.read_results(Path("."))
+    assert json.loads(Path("some.jsonl").read_text().splitlines()[1])["run"] == "toy"
 
 
 def test_a_wrong_option_shows_before_the_first_run(data, monkeypatch):
