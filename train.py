@@ -389,9 +389,9 @@ def main(argv: list[str]) -> None:
             saves = train.save_every and (last or done % train.save_every == 0)
             ahead = 1 if device.startswith("cuda") else 0  # a GPU always has an update waiting
             while len(waiting) > (0 if evaluates or saves or stopping else ahead):
-                at, its_lr, arrive = waiting.popleft()
+                its_step, its_lr, arrive = waiting.popleft()
                 (*numbers, finite, n_stopping), moment = arrive()
-                log.update(at, its_lr, moment, *numbers, finite=finite > 0)
+                log.update(its_step, its_lr, moment, *numbers, finite=finite > 0)
                 stopping = n_stopping > 0
             val_loss = None
             if evaluates:
