@@ -620,14 +620,14 @@ if triton:
 
     @triton.jit
     def sigmoid(x):
-        """By the GPU's own tanh, a single instruction with errors of at most 2^-11."""
+        """By the GPU's own tanh, one instruction, wrong by at most 2^-11 of its value."""
         asm: tl.constexpr = "tanh.approx.f32 $0, $1;"
         tanh = tl.inline_asm_elementwise(asm, "=f,f", [x / 2], tl.float32, is_pure=True, pack=1)
         return 0.5 + 0.5 * tanh
 
     @triton.jit
     def mlp_kernel(x_ptr, w_ptr, y_ptr, n, D: tl.constexpr, ROWS: tl.constexpr):
-        """Eq. 9 on n heads x (n, D), in tiles of ROWS heads that the programs share."""
+        """Eq. 9 on n heads x (n, D), in tiles of ROWS heads. Each program does some of them."""
         column = tl.arange(0, D)
         square = column[:, None] * D + column
         w_up, w_gate = tl.load(w_ptr + square), tl.load(w_ptr + D * D + square)
@@ -643,8 +643,8 @@ if triton:
     @triton.jit
     def mlp_backward_kernel(x_ptr, w_ptr, dy_ptr, dx_ptr, dw_ptr, n,
                             D: tl.constexpr, ROWS: tl.constexpr):
-        """Gradients of eq. 9, by x (n, D) and by the matrices. Each program writes its sums for the
-        matrices to its part of dw (programs, 3, D, D)."""
+        """Gradients of eq. 9, by x (n, D) and by the matrices. Each program does some tiles of ROWS
+        heads, and writes its sums for the matrices to its part of dw (programs, 3, D, D)."""
         column = tl.arange(0, D)
         square = column[:, None] * D + column
         w_up, w_gate = tl.load(w_ptr + square), tl.load(w_ptr + D * D + square)
@@ -672,13 +672,13 @@ if triton:
         tl.store(dw_ptr + own + 2 * D * D, d_down)
 
     def n_program(x: Tensor, rows: int, each: int) -> int:
-        """One for each tile of `rows` heads, but at most `each` on a processor of the GPU."""
+        """How many programs: one a tile of `rows` heads, at most `each` a processor of the GPU."""
         n_processor = torch.cuda.get_device_properties(x.device).multi_processor_count
         return min(each * n_processor, triton.cdiv(x.numel(), rows * x.shape[-1]))
 
     @torch.library.triton_op("kha::fused_mlp", mutates_args=())
     def fused_mlp(x: Tensor, w: Tensor) -> Tensor:
-        """Eq. 9 on heads x (..., D), with W^up, W^gate and W^down in w (3, D, D): as x."""
+        """Eq. 9 on heads x (..., D), with W^up, W^gate and W^down in w (3, D, D): x's shape."""
         x, D, rows = x.contiguous(), x.shape[-1], 64
         y, kernel = torch.empty_like(x), torch.library.wrap_triton(mlp_kernel)
         kernel[(n_program(x, rows, 4),)](x, w, y, x.numel() // D, D, rows, num_warps=4)
@@ -688,7 +688,7 @@ if triton:
     def fused_mlp_backward(x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of `fused_mlp`, by x and by w."""
         x, dy, D = x.contiguous(), dy.contiguous(), x.shape[-1]
-        rows = 128 if D < 128 else 16  # the fastest on an H100, as the other numbers
+        rows = 128 if D < 128 else 16  # these numbers were the fastest of those tried
         programs = n_program(x, rows, 1)
         dx, dw = torch.empty_like(x), x.new_empty(programs, 3, D, D, dtype=torch.float32)
         kernel = torch.library.wrap_triton(mlp_backward_kernel)

@@ -259,7 +259,7 @@ def build_model(
 # --------------------------------------------------------------------------------------------------
 # The run
 
-# Options of nanoGPT, which many readers know, and what they are here.
+# Options of nanoGPT, which many readers know, and what they are here: "" if there is none.
 NANOGPT = {
     "--batch_size": "--micro_batch", "--gradient_accumulation_steps": "--batch_tokens",
     "--learning_rate": "--lr", "--max_iters": "--steps", "--eval_interval": "--eval_every",

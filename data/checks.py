@@ -13,9 +13,9 @@ from kha import Config
 
 def check_run(config: Config, train, checkpoint: dict | None, device: str) -> tuple[dict, Any]:
     """Raises ValueError for what does not fit. Returns the meta.json of the data, and the settings
-    `train`, a train.TrainConfig, with the micro_batch of this run: the largest, up to the given
-    one, that divides the sequences of a process in an update. A checkpoint keeps the given one,
-    because a resumed run may have more or fewer processes."""
+    with the micro_batch of this run: the largest, up to the given one, that divides the sequences
+    of a process in an update. A checkpoint keeps the given one, because a resumed run may have more
+    or fewer processes. `train` is a TrainConfig: train.py imports this file, not the reverse."""
     T, data, n_process = config.block_size, train.data, n_processes()
     start = checkpoint["step"] if checkpoint else 0
     # Here all processes also wait until the first one of each machine has prepared the data.

@@ -101,7 +101,7 @@ def download(url: str, path: Path) -> None:
               tqdm(desc="downloading", unit="B", unit_scale=True, disable=None) as bar):
             response.raise_for_status()
             if path.suffix.lower() in (".gz", ".zst"):
-                # Some servers say all the same that they packed it. We unpack it ourselves.
+                # Some servers call this the packing of the transfer, which requests would undo.
                 response.raw.headers.pop("Content-Encoding", None)
             for chunk in response.iter_content(PIECE):
                 bar.update(file.write(chunk))

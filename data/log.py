@@ -157,7 +157,7 @@ class Log:
 
     def update(self, step: int, lr: float, moment: Moment, loss: float, grad_norm: float,
                worst_load: float, finite: bool) -> None:
-        """Log an update, which the device had done at `moment`: see train.update for the numbers.
+        """Log an update that the device had done at `moment`. train.update explains the numbers.
 
         Raises ValueError after MAX_SKIPPED updates in a row that were not finite.
         """

@@ -194,8 +194,8 @@ def handling(receive: Callable, *names: str) -> Iterator[None]:
 
 
 def drop_unread_output() -> None:
-    """Let the output vanish that nobody can read any more, because its terminal is closed or tee
-    has ended. To print there is an error, which must not end a run that has something to save."""
+    """From now on drop output that nobody can read, because its terminal is closed or tee has
+    ended. To print there is an error, which must not end a run that has something to save."""
     if not hasattr(select, "poll"):  # Windows
         return
     for number in (1, 2):  # stdout and stderr

@@ -90,7 +90,7 @@ def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
 
 
 def without_decay(kind: str) -> bool:
-    """Whether a kind has no knocks that decay. Pictures of a run's course leave out the others."""
+    """Whether a kind has not ", decay" in its name. Pictures of a run's course leave out those."""
     return not kind.endswith(", decay")
 
 

@@ -142,7 +142,8 @@ def grid(groups: dict[str, str], kinds: list[str], seeds: Iterable[int]) -> list
     return runs
 
 
-# Lists of kinds. In train.py knocks do not decay; kinds with "decay" in their names do.
+# Lists of kinds. In train.py knocks do not decay. They do in "slow", and where a name ends in
+# ", decay".
 DEFAULT = ["none", "mlp on v"]
 WITH_LINEAR = ["none", "linear on v", "mlp on v"]
 DECAY = ["none", "mlp on v, decay"]
