@@ -439,8 +439,8 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
     for part, name in matches.items():
         name = name or "the model"
         if type(part) not in (nn.Linear, KnockedLinear):
-            raise ValueError(f"{name} is a {type(part).__name__}, not an nn.Linear: only those can"
-                             " have knocks, and before they are quantised or wrapped")
+            raise ValueError(f"{name} is a {type(part).__name__}, not an nn.Linear: match only"
+                             " those, and add knocks before they are quantised or wrapped")
         if "forward" in vars(part) or type(part.weight) not in (nn.Parameter, Tensor):
             raise ValueError(f"{name} is sharded or has a forward of its own: add knocks first")
         start, stop, step = rows.indices(part.out_features)

@@ -32,7 +32,7 @@ COLORS = {
     "gate on v": "#cc79a7",
     "mlp on q, k, v": "#e69f00",
     "mlp on v, decay to the start": "#0072b2",
-    "mlp on v, slow": "#009e73",
+    "mlp on v, slow, decay": "#009e73",
     "mlp on v, one for each head, decay": "#009e73",
     "mlp on v, one for each head": "#009e73",
 }
@@ -90,7 +90,7 @@ def draw_study(name: str, findings: Findings, folder: Path) -> list[Path]:
 
 
 def without_decay(kind: str) -> bool:
-    """Whether a kind has not ", decay" in its name. Pictures of a run's course leave out those."""
+    """Whether a kind has no knocks that decay. Pictures of a run's course leave out the others."""
     return not kind.endswith(", decay")
 
 

@@ -414,7 +414,7 @@ def report(name: str, study: Study, results: list[dict]) -> str:
             parts.append(course_table(findings))
         if name == "stability":
             parts.append(sensitivity_table(findings))
-        baseline = "without knocks" if study.baseline == "none" else f"with {study.baseline}"
+        baseline = "without knocks" if study.baseline == "none" else f"with '{study.baseline}'"
         parts.append(caption(findings, DIFFERENCES.format(baseline=baseline)))
     return "\n".join(part for part in parts if part) or "No run of its own has ended yet.\n"
 

@@ -103,7 +103,7 @@ KINDS = {  # the peer that runs it, "" for train.py, and its options
     "mlp on q, k, v": ("", "--knock_q mlp --knock_k mlp --knock_v mlp"),
     "mlp on v, one for each head": ("unshared-no-decay", "--knock_v mlp"),
     "mlp on v, decay to the start": ("to-start", "--knock_v mlp"),
-    "mlp on v, slow": ("slow", "--knock_v mlp"),
+    "mlp on v, slow, decay": ("slow", "--knock_v mlp"),
 }
 LR = 1e-3  # the best rate without knocks in the study `stability`
 
@@ -142,8 +142,7 @@ def grid(groups: dict[str, str], kinds: list[str], seeds: Iterable[int]) -> list
     return runs
 
 
-# Lists of kinds. In train.py knocks do not decay. They do in "slow", and where a name ends in
-# ", decay".
+# Lists of kinds. In train.py knocks do not decay. Where a name ends in ", decay" they do.
 DEFAULT = ["none", "mlp on v"]
 WITH_LINEAR = ["none", "linear on v", "mlp on v"]
 DECAY = ["none", "mlp on v, decay"]
@@ -157,7 +156,7 @@ GPT2_TYPES = [
     "mlp on v, one for each head", "gate on v", "mlp on q, k, v", "mlp on v, decay",
 ]  # fmt: skip
 OWN = ["mlp on v, one for each head, decay", "mlp on v, one for each head"]
-RULES = ["mlp on v", "mlp on v, decay to the start", "mlp on v, slow"]
+RULES = ["mlp on v", "mlp on v, decay to the start", "mlp on v, slow, decay"]
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
 THIRD = "--n_layer 6 --n_embd 384 --n_head 9 --n_kv_head 3"
 THRICE = "--n_layer 14 --n_embd 768 --n_head 18 --n_kv_head 6"
@@ -489,7 +488,7 @@ class Runner:
             reason = output.read_text().strip().split("\n")[-1]
             return f"failed with exit code {job.process.returncode}: {command}: {reason} ({output})"
         if outcome == "finished" and command in FIGURE_3:
-            name = f"figure3-{job.run.kind.replace(' ', '-')}.npz"
+            name = f"figure3-{re.sub('[^a-z]+', '-', job.run.kind)}.npz"
             np.savez_compressed(self.results / name, **knock_matrices(job.folder))
         result = {
             "study": self.name,
