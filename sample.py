@@ -258,21 +258,20 @@ def write_samples(
     # A token may end within a UTF-8 character: the decoder waits for the rest.
     new_decoder = codecs.getincrementaldecoder("utf-8")
     decoders = [new_decoder(errors="replace") for _ in range(n_samples)]
-    texts = [prompt] * n_samples
-    for i, new in enumerate(steps):
-        if n_samples == 1 and i == 0:
-            print(prompt, end="", flush=True)
+    texts, n_shown = [prompt] * n_samples, 0
+    for new in steps:
         for j, token in enumerate(new):
-            text = "" if token is None else decoders[j].decode(token_bytes(tokenizer, token))
-            texts[j] += text
-            if n_samples == 1:
-                print(text, end="", flush=True)
-    rests = [decoder.decode(b"", final=True) for decoder in decoders]
+            if token is not None:
+                texts[j] += decoders[j].decode(token_bytes(tokenizer, token))
+        if n_samples == 1:
+            print(texts[0][n_shown:], end="", flush=True)
+            n_shown = len(texts[0])
+    texts = [text + decoders[j].decode(b"", final=True) for j, text in enumerate(texts)]
     if n_samples == 1:
-        print(rests[0])
+        print(texts[0][n_shown:])
         return
-    for j, (text, rest) in enumerate(zip(texts, rests, strict=True), start=1):
-        print(f"--- {j} of {n_samples} ---\n{text}{rest}")
+    for j, text in enumerate(texts, start=1):
+        print(f"--- {j} of {n_samples} ---\n{text}")
 
 
 # --------------------------------------------------------------------------------------------------
