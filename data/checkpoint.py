@@ -327,14 +327,10 @@ def read_checkpoint(path: str) -> dict:
 def find_checkpoint(path: str) -> str:
     """The file that `path` names: itself, or of a run's folder best.pt, or if there is none the
     newest. Raises FileNotFoundError if there is none."""
-    if os.path.isdir(path):
-        candidates = [os.path.join(path, "best.pt"), *list_checkpoints(path)]
-        path = next((file for file in candidates if os.path.isfile(file)), path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"no checkpoint at {path}: train one with train.py, or name another"
-        )
-    return path
+    for file in (path, os.path.join(path, "best.pt"), *list_checkpoints(path)):
+        if os.path.isfile(file):
+            return file
+    raise FileNotFoundError(f"no checkpoint at {path}: train one with train.py, or name another")
 
 
 def start_from(path: str, changes: dict) -> tuple[Config, dict]:
