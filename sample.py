@@ -324,18 +324,18 @@ def main(argv: list[str]) -> None:
     add("--export_hf", metavar="FOLDER", help="write the model for transformers there instead")
     options = vars(parse_args(parser, argv, NANOGPT))
 
-    device, folder = pick_device(options.pop("device")), options.pop("export_hf")
-    compiled, data = options.pop("compile"), options.pop("evaluate")
+    device, path = pick_device(options.pop("device")), options.pop("checkpoint")
+    data, folder = options.pop("evaluate"), options.pop("export_hf")
     if folder and data:
         raise ValueError("--evaluate and --export_hf are two tasks: give one of them")
     if data or folder:
         task = "--evaluate" if data else "--export_hf"
-        for name, value in {**options, "compile": compiled}.items():
-            if name != "checkpoint" and value != parser.get_default(name):
+        for name, value in options.items():  # all others are for writing
+            if value != parser.get_default(name):
                 raise ValueError(f"--{name} changes nothing in {task}: leave it out")
+    compiled, prompt = options.pop("compile"), options.pop("prompt")
     if compiled and not device.startswith("cuda"):
         raise ValueError(f"--compile is for CUDA: leave it out on {device}")
-    path, prompt = options.pop("checkpoint"), options.pop("prompt")
     check_sampling(**options)  # before a large model is loaded
     if prompt == "-":
         try:
