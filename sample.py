@@ -11,8 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-# Waiting threads must sleep soon, because a second job on the machine has no cores while they spin.
-# torch reads these variables when it is imported.
+# As in train.py: waiting threads sleep soon. torch reads these variables when it is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
