@@ -25,14 +25,7 @@ from data.hf import export_hf
 from data.loss import chunked_loss
 from data.script import new_parser, parse_args, run_script
 from data.tokenizer_json import Tokenizer
-from data.tokens import (
-    check_tokenizer,
-    load_tokenizer,
-    open_tokens,
-    token_bytes,
-    tokenizer_for_checkpoint,
-    verify_tokens,
-)
+from data.tokens import check_tokenizer, load_tokenizer, open_tokens, token_bytes, verify_tokens
 from kha import Common, Transformer, fold
 
 # --------------------------------------------------------------------------------------------------
@@ -278,10 +271,9 @@ def write_samples(
 
 
 def measure(model: Transformer, tokenizer: Tokenizer, folder: str, device: str) -> None:
-    """Print a model's held-out loss on prepared data. Raises ValueError if the data have changed,
-    are in other tokens than the model's, or too few."""
+    """Print a model's held-out loss on prepared data, which are in its tokens. Raises ValueError if
+    the data have changed or are too few."""
     tokens = open_tokens(folder, "val")
-    check_tokenizer(folder, tokenizer_for_checkpoint(tokenizer))
     length = min(model.config.block_size, len(tokens) - 1)
     if length < 1:
         raise ValueError(f"{folder} holds out {len(tokens)} tokens: prepare more text")
@@ -351,6 +343,7 @@ def main(argv: list[str]) -> None:
         print(f"wrote {folder}")
         return
     if data:
+        check_tokenizer(data, checkpoint["tokenizer"])
         if device.startswith("cuda"):
             model.compute_dtype = torch.bfloat16  # as in training
         measure(model, tokenizer, data, device)
