@@ -11,8 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-# Waiting threads must sleep soon, because a second job on the machine has no cores while they spin.
-# torch reads these variables when it is imported.
+# As in train.py: waiting threads sleep soon. torch reads these variables when it is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
 
@@ -26,14 +25,7 @@ from data.hf import export_hf
 from data.loss import chunked_loss
 from data.script import new_parser, parse_args, run_script
 from data.tokenizer_json import Tokenizer
-from data.tokens import (
-    check_tokenizer,
-    load_tokenizer,
-    open_tokens,
-    token_bytes,
-    tokenizer_for_checkpoint,
-    verify_tokens,
-)
+from data.tokens import check_tokenizer, load_tokenizer, open_tokens, token_bytes, verify_tokens
 from kha import Common, Transformer, fold
 
 # --------------------------------------------------------------------------------------------------
@@ -258,21 +250,20 @@ def write_samples(
     # A token may end within a UTF-8 character: the decoder waits for the rest.
     new_decoder = codecs.getincrementaldecoder("utf-8")
     decoders = [new_decoder(errors="replace") for _ in range(n_samples)]
-    texts = [prompt] * n_samples
-    for i, new in enumerate(steps):
-        if n_samples == 1 and i == 0:
-            print(prompt, end="", flush=True)
+    texts, n_shown = [prompt] * n_samples, 0
+    for new in steps:
         for j, token in enumerate(new):
-            text = "" if token is None else decoders[j].decode(token_bytes(tokenizer, token))
-            texts[j] += text
-            if n_samples == 1:
-                print(text, end="", flush=True)
-    rests = [decoder.decode(b"", final=True) for decoder in decoders]
+            if token is not None:
+                texts[j] += decoders[j].decode(token_bytes(tokenizer, token))
+        if n_samples == 1:
+            print(texts[0][n_shown:], end="", flush=True)
+            n_shown = len(texts[0])
+    texts = [text + decoders[j].decode(b"", final=True) for j, text in enumerate(texts)]
     if n_samples == 1:
-        print(rests[0])
+        print(texts[0][n_shown:])
         return
-    for j, (text, rest) in enumerate(zip(texts, rests, strict=True), start=1):
-        print(f"--- {j} of {n_samples} ---\n{text}{rest}")
+    for j, text in enumerate(texts, start=1):
+        print(f"--- {j} of {n_samples} ---\n{text}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,10 +271,9 @@ def write_samples(
 
 
 def measure(model: Transformer, tokenizer: Tokenizer, folder: str, device: str) -> None:
-    """Print a model's held-out loss on prepared data. Raises ValueError if the data have changed,
-    are in other tokens than the model's, or too few."""
+    """Print a model's held-out loss on prepared data, which are in its tokens. Raises ValueError if
+    the data have changed or are too few."""
     tokens = open_tokens(folder, "val")
-    check_tokenizer(folder, tokenizer_for_checkpoint(tokenizer))
     length = min(model.config.block_size, len(tokens) - 1)
     if length < 1:
         raise ValueError(f"{folder} holds out {len(tokens)} tokens: prepare more text")
@@ -325,18 +315,18 @@ def main(argv: list[str]) -> None:
     add("--export_hf", metavar="FOLDER", help="write the model for transformers there instead")
     options = vars(parse_args(parser, argv, NANOGPT))
 
-    device, folder = pick_device(options.pop("device")), options.pop("export_hf")
-    compiled, data = options.pop("compile"), options.pop("evaluate")
+    device, path = pick_device(options.pop("device")), options.pop("checkpoint")
+    data, folder = options.pop("evaluate"), options.pop("export_hf")
     if folder and data:
         raise ValueError("--evaluate and --export_hf are two tasks: give one of them")
     if data or folder:
         task = "--evaluate" if data else "--export_hf"
-        for name, value in {**options, "compile": compiled}.items():
-            if name != "checkpoint" and value != parser.get_default(name):
+        for name, value in options.items():  # all others are for writing
+            if value != parser.get_default(name):
                 raise ValueError(f"--{name} changes nothing in {task}: leave it out")
+    compiled, prompt = options.pop("compile"), options.pop("prompt")
     if compiled and not device.startswith("cuda"):
         raise ValueError(f"--compile is for CUDA: leave it out on {device}")
-    path, prompt = options.pop("checkpoint"), options.pop("prompt")
     check_sampling(**options)  # before a large model is loaded
     if prompt == "-":
         try:
@@ -353,6 +343,7 @@ def main(argv: list[str]) -> None:
         print(f"wrote {folder}")
         return
     if data:
+        check_tokenizer(data, checkpoint["tokenizer"])
         if device.startswith("cuda"):
             model.compute_dtype = torch.bfloat16  # as in training
         measure(model, tokenizer, data, device)

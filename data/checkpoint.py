@@ -107,13 +107,12 @@ class Saver:
         self.thread, self.work = ThreadPoolExecutor(1), None
         if model is not None:
             weights = sharded.get_model_state_dict(model)
-            shapes = {name: (w.shape, w.dtype) for name, w in weights.items()}
             size = 3 * sum(w.numel() * w.element_size() for w in weights.values())  # with moments
             free = shutil.disk_usage(folder).free
             if not start and free < 4 * size:  # the last two, the best, and one that is not whole
                 warn(f"{folder} has room for {free / 1e9:.2f} GB, but may come to hold four"
                      f" checkpoints of {size / 1e9:.2f} GB")
-            self.work = self.thread.submit(self.reserve, shapes)
+            self.work = self.thread.submit(self.reserve, weights)
 
     def collect(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
         """The function `collect`, after the checkpoint before is on the disk. Raises its error."""
@@ -126,14 +125,14 @@ class Saver:
         self.wait()
         self.work = self.thread.submit(self.write, checkpoint)
 
-    def reserve(self, weights: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
-        """Make the memory for weights and AdamW's moments. Zeros are written to it, because the
-        system finds memory only then. Raises OSError if there is too little."""
+    def reserve(self, weights: dict[str, torch.Tensor]) -> None:
+        """Make the memory for copies of weights and of AdamW's moments. Zeros are written to it,
+        because the system finds memory only then. Raises OSError if there is too little."""
         model, state, moments = {}, {}, ("exp_avg", "exp_avg_sq")
         try:
-            for name, (shape, dtype) in weights.items():
-                model[name] = torch.zeros(shape, dtype=dtype)
-                state[name] = {key: torch.zeros(shape, dtype=dtype) for key in moments}
+            for name, w in weights.items():
+                model[name] = torch.zeros(w.shape, dtype=w.dtype)
+                state[name] = {key: torch.zeros(w.shape, dtype=w.dtype) for key in moments}
         except (MemoryError, RuntimeError) as error:  # RuntimeError is torch's
             del model, state  # or their part would stay, and training might fail first
             reason = str(error).split("\n")[0]
@@ -327,14 +326,10 @@ def read_checkpoint(path: str) -> dict:
 def find_checkpoint(path: str) -> str:
     """The file that `path` names: itself, or of a run's folder best.pt, or if there is none the
     newest. Raises FileNotFoundError if there is none."""
-    if os.path.isdir(path):
-        candidates = [os.path.join(path, "best.pt"), *list_checkpoints(path)]
-        path = next((file for file in candidates if os.path.isfile(file)), path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"no checkpoint at {path}: train one with train.py, or name another"
-        )
-    return path
+    for file in (path, os.path.join(path, "best.pt"), *list_checkpoints(path)):
+        if os.path.isfile(file):
+            return file
+    raise FileNotFoundError(f"no checkpoint at {path}: train one with train.py, or name another")
 
 
 def start_from(path: str, changes: dict) -> tuple[Config, dict]:

@@ -15,14 +15,14 @@ from kha import Transformer, is_hopper
 def pick_device(name: str) -> str:
     """The device to run on: `name`, or for "auto" the best there is. Raises ValueError if that
     device is not available."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    available["cpu"] = True
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    choices = [device for device in found if found[device]] + ["cpu"]  # the best one first
     if name == "auto":
-        return next(device for device, found in available.items() if found)
-    if not available.get(name):
-        choices = ", ".join(device for device, found in available.items() if found)
-        hint = " (CUDA_VISIBLE_DEVICES says which GPU)" if available["cuda"] else ""
-        raise ValueError(f"device {name!r} is not available here: choose from {choices}{hint}")
+        return choices[0]
+    if name not in choices:
+        hint = " (CUDA_VISIBLE_DEVICES says which GPU)" if "cuda" in choices else ""
+        raise ValueError(f"device {name!r} is not available here: choose from"
+                         f" {', '.join(choices)}{hint}")
     return name
 
 

@@ -97,9 +97,7 @@ def export_hf(model: Transformer, folder: str, tokenizer: Tokenizer) -> None:
         raise ValueError("cannot export a mixture of 1 expert: Glm4MoeForCausalLM needs 2 or more")
     if is_taken(folder):
         raise ValueError(f"{folder} exists and is not an empty folder: name another")
-    import_optional("safetensors.torch", "the export", extra="hf")
-    import safetensors.torch
-
+    safetensors = import_optional("safetensors.torch", "the export", extra="hf")
     weights, texts = export_weights(model), export_texts(model, tokenizer)
     try:
         with new_folder(folder) as new:
@@ -196,9 +194,7 @@ def import_hf(folder: str, **changes) -> tuple[Config, dict[str, torch.Tensor]]:
     Raises ValueError for a model that is not Qwen3, has what ours has not, or is damaged, and for
     changes that its weights do not fit; OSError for a missing file.
     """
-    import_optional("safetensors.torch", f"the model in {folder}", extra="hf")
-    import safetensors.torch
-
+    safetensors = import_optional("safetensors.torch", f"the model in {folder}", extra="hf")
     try:
         hf = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # as transformers does

@@ -147,13 +147,14 @@ def add_fields(
 
 
 def import_optional(module: str, what: str, extra: str) -> ModuleType:
-    """Import a module that `what` needs. Raises ValueError if its package is not installed, which
-    comes with `extra` of pyproject.toml."""
+    """Import a module that `what` needs; returns its package, as `import` does. Raises ValueError
+    if that is not installed, which comes with `extra` of pyproject.toml."""
+    package = module.split(".")[0]
     try:
-        return importlib.import_module(module)
+        importlib.import_module(module)
     except ImportError as error:
-        package = module.split(".")[0]
         raise ValueError(f"{what} needs the package {package}: pip install '.[{extra}]'") from error
+    return sys.modules[package]
 
 
 def sync(path: str | os.PathLike) -> None:

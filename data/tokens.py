@@ -64,7 +64,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 def definition(name: str) -> str:
     """The text of a tokenizer.json, given its path or that text; else `name` itself, of a tokenizer
     that needs no file."""
-    if name.startswith("{") or not name.endswith(".json"):
+    if not name.endswith(".json"):  # a text ends with a brace
         return name
     return Path(name).read_text(encoding="utf-8", errors="replace").lstrip()
 

@@ -710,7 +710,7 @@ def test_an_error_of_the_thread_ends_the_run(error, step, message, data, tmp_pat
 
 
 def test_too_little_memory_for_checkpoints_ends_the_run_early(data, tmp_path, monkeypatch):
-    reserve, petabytes = Saver.reserve, {"weight": ((2**50,), torch.float32)}
+    reserve, petabytes = Saver.reserve, {"weight": torch.empty(2**50, device="meta")}
     monkeypatch.setattr(Saver, "reserve", lambda saver, _: reserve(saver, petabytes))
     with pytest.raises(OSError, match=f"no memory for the checkpoints of {tmp_path} .*allocate"):
         main([*LONG, "--steps", "1000", "--save_every", "1000", "--eval_every", "1000",

@@ -177,6 +177,19 @@ def test_what_is_written_is_whole_characters_up_to_the_end_of_the_text(model, ca
     assert capsys.readouterr().out == f"--- 1 of 2 ---\n{text}\n--- 2 of 2 ---\n{text}\n"
 
 
+def test_a_single_text_appears_while_it_is_written(model, capsys, monkeypatch):
+    shown = []
+
+    def generate(*_, **__):
+        for token in b"abc":
+            yield [token]
+            shown.append(capsys.readouterr().out)
+
+    monkeypatch.setattr("sample.generate", generate)
+    write_samples(model, load_tokenizer("byte"), "the ")
+    assert shown == ["the a", "b", "c"]
+
+
 def test_the_script_writes_samples(model, run_here):
     os.makedirs("out/toy")  # the default
     save(model, "out/toy")
