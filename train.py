@@ -116,7 +116,7 @@ RECIPES = {
     "gpt2": dict(lr=6e-4, batch_tokens=2**19, micro_batch=32, steps=19_073),  # 10B tokens
     **{name: _explore for name in CONFIGS if name.startswith(("moe-", "dense-"))},
     "moe-1b-6.1b": _main,
-}  # fmt: skip
+}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ NANOGPT = {
     "--learning_rate": "--lr", "--max_iters": "--steps", "--eval_interval": "--eval_every",
     "--init_from": "--resume",
     **dict.fromkeys(("--dropout", "--dtype", "--min_lr", "--bias", "--backend", "--eval_only"), ""),
-}  # fmt: skip
+}
 
 
 def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:

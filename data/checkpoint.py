@@ -37,7 +37,7 @@ from kha import Config, Transformer
 FORMAT = 3  # a file of another format is refused
 TYPES = {
     "format": int, "step": int, "config": dict, "train": dict, "tokenizer": str, "model": dict,
-}  # fmt: skip
+}
 
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer, memory: dict | None = None) -> dict:
@@ -305,7 +305,7 @@ def read_checkpoint(path: str) -> dict:
     except (
         OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError,
         zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
-    ) as error:  # fmt: skip
+    ) as error:
         # A damaged file may point outside itself, which the system calls an invalid argument. An
         # error without a number is not of the system: bz2 has one for data that are not its own.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):

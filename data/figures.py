@@ -106,7 +106,7 @@ def memory_per_gpu(config: Config, micro_batch: int, n_shard: int = 1, recompute
                                      c.n_layer * layer),
         "logits": 2 * 2 * min(tokens * c.vocab_size, LOGITS_AT_ONCE)
                   + 2 * 4 * c.vocab_size * c.n_embd,
-    }  # fmt: skip
+    }
     if not accumulates:
         rest = parts["activations"] + parts["logits"]
         parts["gradients"] = max(0, parts["gradients"] - rest)

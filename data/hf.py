@@ -207,7 +207,7 @@ def import_hf(folder: str, **changes) -> tuple[Config, dict[str, torch.Tensor]]:
             (hf.get("hidden_act", "silu") != "silu",
              f"the activation {hf.get('hidden_act')}, not silu"),
             (rope.get("rope_type", rope.get("type", "default")) != "default", "scaled RoPE"),
-        ]:  # fmt: skip
+        ]:
             if there:
                 raise ValueError(f"cannot import {folder}, which has {what}")
         fields = {our: hf[theirs] for our, theirs in HF_SIZES.items()}
@@ -244,7 +244,7 @@ def import_hf(folder: str, **changes) -> tuple[Config, dict[str, torch.Tensor]]:
     except (
         json.JSONDecodeError, UnicodeError, safetensors.SafetensorError, RuntimeError, KeyError,
         TypeError, AttributeError,
-    ) as error:  # fmt: skip
+    ) as error:
         reason = str(error).strip().split("\n")[-1].strip()
         raise ValueError(f"{folder} is damaged or not a Qwen3 model ({reason})") from error
     return config, weights

@@ -148,7 +148,7 @@ class Log:
             f" x {device.split(':')[0]}, micro_batch {train['micro_batch']}; writing {self.out}"
             + (f", going on after step {self.start}" if self.start else
                f", beginning with the weights of {train['init']}" if train["init"] else "")
-        )  # fmt: skip
+        )
         seconds = self.flops_per_token * self.batch_tokens / 1e11  # about what two CPU cores need
         if device == "cpu" and seconds > 60:
             minutes, least = seconds / 60, model.config.block_size * n_process

@@ -127,7 +127,7 @@ def add_fields(
     parser.add_argument(
         "config", nargs="?", default=default, choices=configs, metavar="config",
         help=f"one of {', '.join(configs)} (default: {default})",
-    )  # fmt: skip
+    )
     for cls in classes:
         group = parser.add_argument_group(cls.__name__)
         source = "".join(inspect.getsource(base) for base in cls.__mro__ if base is not object)

@@ -82,7 +82,7 @@ class JsonTokenizer:
             (self.eot_token not in added or not added[self.eot_token].special,
              f"no special token {END}, which ends documents here: add it by"
              f' Tokenizer.from_file(PATH).add_special_tokens(["{END}"]), then save(PATH)'),
-        ]:  # fmt: skip
+        ]:
             if wrong:
                 raise ValueError(f"cannot use the tokenizer {name}, which has {what}")
         self.encode("a b")  # a file that loses spaces is refused now, not in the middle of a text
@@ -164,5 +164,5 @@ def to_json(tokenizer: Tokenizer) -> str:
         # Without merges, a whole text could be looked up there, and be the end of a document.
         "model": {"type": "BPE", "ignore_merges": bool(merges), "vocab": vocab | special,
                   "merges": merges},
-    }  # fmt: skip
+    }
     return json.dumps(content, ensure_ascii=False)

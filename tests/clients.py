@@ -120,14 +120,14 @@ def install(folder: Path) -> tuple[Path, Path]:
         run(sys.executable, "-m", "venv", folder / "venv")
         run(python, "-m", "pip", "install", "torch==2.13.0")  # first, so that a CPU build suffices
         run(python, "-m", "pip", "install", "transformers[serving]", "accelerate", "datasets",
-            "lm_eval", "sentencepiece", "protobuf")  # fmt: skip
+            "lm_eval", "sentencepiece", "protobuf")
     if not (folder / "node_modules").exists():
         run("npm", "install", "--prefix", folder, "--ignore-scripts", "gpt-3-encoder@1.1.4",
-            "node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1")  # fmt: skip
+            "node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1")
     if not llama.exists():
         package = "llama-cpp-python"
         run(python, "-m", "pip", "download", "--no-deps", "--no-binary", package,
-            f"{package}==0.3.36", "--dest", folder)  # fmt: skip
+            f"{package}==0.3.36", "--dest", folder)
         with tarfile.open(next(folder.glob("llama_cpp_python-*.tar.gz"))) as archive:
             archive.extractall(folder, filter="data")
         next(folder.glob("llama_cpp_python-*/vendor/llama.cpp")).rename(llama)
@@ -158,7 +158,7 @@ def export_models(folder: Path) -> dict[str, tuple[Path, Path]]:
             where = ["--data", data, "--out", out, "--device", "cpu", "--resume"]
             run(sys.executable, ROOT / "train.py", *SHAPE, *SHORT, *options, *where)
             run(sys.executable, ROOT / "sample.py", "--checkpoint", out, "--export_hf", exported,
-                "--device", "cpu")  # fmt: skip
+                "--device", "cpu")
         made[name] = out, exported
     return made
 
@@ -193,7 +193,7 @@ def try_serve(python: Path, name: str, out: Path, exported: Path) -> None:
     """So does the server of transformers, over HTTP."""
     port = 8123
     words = [python.with_name("transformers"), "serve", exported, "--device", "cpu", "--port",
-             port, "--trust-remote-code"]  # fmt: skip
+             port, "--trust-remote-code"]
     with open(out / "serve.log", "w") as log:
         server = subprocess.Popen([str(word) for word in words], stdout=log, stderr=log)
     try:
@@ -210,7 +210,7 @@ def try_serve(python: Path, name: str, out: Path, exported: Path) -> None:
             request = urllib.request.Request(
                 f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(),
                 {"Content-Type": "application/json"},
-            )  # fmt: skip
+            )
             with urllib.request.urlopen(request, timeout=300) as answer:
                 written.append(json.load(answer)["choices"][0]["text"])
     finally:
@@ -240,7 +240,7 @@ def try_lm_eval(python: Path, name: str, out: Path, exported: Path, data: Path) 
     run(python, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
         f"pretrained={exported},dtype=float32,trust_remote_code=True", "--tasks", "held_out",
         "--include_path", task, "--device", "cpu", "--batch_size", 4, "--log_samples",
-        "--output_path", out / "lm_eval")  # fmt: skip
+        "--output_path", out / "lm_eval")
     newest = max((out / "lm_eval").rglob("samples_held_out_*.jsonl"), key=os.path.getmtime)
     samples = [json.loads(line) for line in newest.read_text().splitlines()]
     theirs = {sample["doc"]["text"]: float(sample["filtered_resps"][0]) for sample in samples}
@@ -262,7 +262,7 @@ def try_llama_cpp(
     prompts = [load_tokenizer("gpt2").encode(prompt) for prompt in PROMPTS]
     (folder / "greedy.mjs").write_text(NODE)
     lines = run("node", folder / "greedy.mjs", gguf, N_NEW,
-                input="\n".join(json.dumps(prompt) for prompt in prompts))  # fmt: skip
+                input="\n".join(json.dumps(prompt) for prompt in prompts))
     written = [json.loads(line) for line in lines.splitlines() if line.startswith("[")]
     ours = [greedy(out, prompt) for prompt in prompts]
     text = load_tokenizer("gpt2").decode(written[0])

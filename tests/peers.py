@@ -118,7 +118,7 @@ def nanogpt_options(config: Config, train: TrainConfig, folder: str, device: str
         eval_interval=train.steps, eval_iters=1,  # before the first update it always evaluates
         device=device, dtype="bfloat16" if on_gpu else "float32",
         compile=train.compile and on_gpu,  # its README advises not to on a CPU
-    )  # fmt: skip
+    )
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
@@ -193,7 +193,7 @@ def build_transformers(config: Config, dtype: torch.dtype, device: str) -> nn.Mo
         num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
         num_key_value_heads=config.n_kv_head, head_dim=config.head_dim, tie_word_embeddings=True,
         max_position_embeddings=config.block_size, attn_implementation="sdpa",
-    )  # fmt: skip
+    )
     name = "Qwen3"
     if config.n_expert:
         name = "Qwen3Moe"
@@ -201,7 +201,7 @@ def build_transformers(config: Config, dtype: torch.dtype, device: str) -> nn.Mo
             moe_intermediate_size=config.d_ff, num_experts=config.n_expert,
             num_experts_per_tok=config.top_k, norm_topk_prob=True,
             experts_implementation="grouped_mm",
-        )  # fmt: skip
+        )
     torch.set_default_dtype(dtype)
     with torch.device(device):
         settings = getattr(transformers, f"{name}Config")(**shape)

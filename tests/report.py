@@ -146,7 +146,7 @@ T975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
     2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
     2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -344,7 +344,7 @@ def time_table(findings: Findings) -> str:
     """A row for each run of time_to_loss. The best of each kind says when it is where nanoGPT's
     best run ends."""
     rows = [["", "learning rate", "held-out loss", "ktokens/s", "training, s",
-             "reaches nanoGPT's loss after", "sooner"]]  # fmt: skip
+             "reaches nanoGPT's loss after", "sooner"]]
     best = best_runs(findings)
     theirs = best.get("nanoGPT")
     for kind, group in product(findings.kinds, findings.groups):

@@ -84,7 +84,7 @@ CURVE = 200  # points to keep of a training loss
 LEARNING = (  # settings of the training that decide what a run learns
     "steps", "batch_tokens", "lr", "weight_decay", "beta1", "beta2", "grad_clip", "balance",
     "balance_rate",
-)  # fmt: skip
+)
 
 # ---- the studies
 
@@ -151,10 +151,10 @@ TYPES = [
     "mlp on v, decay", "linear on v, decay", "gate on v, decay", "linear on q, k, v, decay",
     "mlp on q, k, v, decay", "mlp on v, random start, decay", "linear on v", "gate on v",
     "mlp on q, k, v",
-]  # fmt: skip
+]
 GPT2_TYPES = [
     "mlp on v, one for each head", "gate on v", "mlp on q, k, v", "mlp on v, decay",
-]  # fmt: skip
+]
 OWN = ["mlp on v, one for each head, decay", "mlp on v, one for each head"]
 RULES = ["mlp on v", "mlp on v, decay to the start", "mlp on v, slow, decay"]
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
@@ -303,7 +303,7 @@ class Job:
             *script, "--eval_every", math.ceil(steps / evals), *options, "--data", data,
             "--out", self.folder, "--resume", "--eval_tokens", EVAL_TOKENS,
             "--save_every", steps if keep else 0, "--sample_tokens", 0,
-        ]  # fmt: skip
+        ]
         self.first, self.start = saved_step(self.folder), time.monotonic()
         with open(self.folder / "output.txt", "a") as output:
             self.process = subprocess.Popen(

@@ -197,7 +197,7 @@ def test_a_trainer_of_transformers_trains_and_saves_knocks_and_goes_on(kind, how
     arguments = transformers.TrainingArguments(
         tmp_path, max_steps=4, save_steps=2, learning_rate=0.01, use_cpu=True, report_to=[],
         per_device_train_batch_size=2, disable_tqdm=True, lr_scheduler_type="constant", **how,
-    )  # fmt: skip
+    )
     rows = [{"input_ids": row, "labels": row} for row in TOKENS]
     outputs = []
     for checkpoint in None, tmp_path / "checkpoint-2":
@@ -384,7 +384,7 @@ def test_what_layers_share_is_not_folded(what):
     lambda part: prune.l1_unstructured(part, "weight", 0.3),
     spectral_norm,  # a hook makes the weight in every forward pass
     parametrizations.weight_norm,  # the weight is a property
-], ids=["pruned", "spectral_norm", "weight_norm"])  # fmt: skip
+], ids=["pruned", "spectral_norm", "weight_norm"])
 def test_a_weight_that_is_computed_is_not_folded_into(compute, name):
     model = Values().eval()
     add_random(model, "linear")

@@ -928,7 +928,7 @@ def test_byte_tokens_are_the_bytes():
     for text in (
         "", "plain\n", "\r\n\n\t \x0b\x0c\x1c\x85\u2028\u2029", "".join(map(chr, range(0x300))),
         "naïve 日本語 🤯 e\u0301\n" * 100, "x" * 100_000, "\n" * 1000, "a<|endoftext|>b",
-    ):  # fmt: skip
+    ):
         ids = tokenizer.encode(text, disallowed_special=())
         assert ids == list(text.encode())
         assert tokenizer.decode(ids) == text

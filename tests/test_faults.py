@@ -446,7 +446,7 @@ run_script(lambda argv: (print(argv[0]), os.kill(os.getpid(), signal.SIGKILL)))
     "error,code,shown",
     [(KeyboardInterrupt(), 130, ""),
      (OSError("two\n lines"), 2, "test_faults.py: error: two lines\n")],
-)  # fmt: skip
+)
 def test_what_ends_a_script_is_one_line_at_most(error, code, shown, run_here):
     def end(argv):
         raise error
@@ -714,7 +714,7 @@ def test_too_little_memory_for_checkpoints_ends_the_run_early(data, tmp_path, mo
     monkeypatch.setattr(Saver, "reserve", lambda saver, _: reserve(saver, petabytes))
     with pytest.raises(OSError, match=f"no memory for the checkpoints of {tmp_path} .*allocate"):
         main([*LONG, "--steps", "1000", "--save_every", "1000", "--eval_every", "1000",
-              "--data", str(data), "--out", str(tmp_path)])  # fmt: skip
+              "--data", str(data), "--out", str(tmp_path)])
     assert len(read_log(tmp_path)[0]) < 1000
 
 
@@ -783,7 +783,7 @@ def test_a_second_signal_ends_a_run_at_once_and_it_goes_on(half_saved, data):
     assert names(out) == ["best.pt", "checkpoint.tmp", "log.jsonl", "step-00000010.pt"]
     assert load_checkpoint(out)[1]["step"] == 10
     main([*LONG, "--save_every", "10", "--data", str(data), "--out", str(out), "--resume",
-          "--steps", "30"])  # fmt: skip
+          "--steps", "30"])
     assert names(out) == ["best.pt", "log.jsonl", "step-00000020.pt", "step-00000030.pt"]
 
 

@@ -119,7 +119,7 @@ def test_greedy_text_is_the_same_token_by_token(kind, experts, byte, tmp_path):
         out = loaded.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=64,
             do_sample=False, eos_token_id=None, return_dict_in_generate=True,
-        )  # fmt: skip
+        )
         assert out.sequences[0, len(prompt) :].tolist() == text and len(text) == 64
         seen |= set(text)
     assert len(seen) > 5  # not one word over and over

@@ -156,7 +156,7 @@ STARTS = {  # the end of a weight's name: its standard deviation at the start
     "wq_latent.weight": 0.02, "wq_rope.weight": 0.02, "wkv_latent.weight": 0.02,
     "wk_rope.weight": 0.02, "ffn.w_up": 0.02, "ffn.experts_up": 0.02, "ffn.router": 0.02,
     "wo.weight": OUT, "ffn.w_down": OUT, "ffn.experts_down": OUT,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("ffn", [{}, dict(n_expert=16, top_k=2)], ids=["dense", "mixture"])

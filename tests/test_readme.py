@@ -43,7 +43,7 @@ def findings(study):
     (SMALL, "types", 0, "", MLP),
     ("the same with 12 value heads", "kv_heads", 0, "12", MLP),
     ("the same with 1 value head", "kv_heads", 0, "1", MLP),
-])  # fmt: skip
+])
 def test_a_row_of_results_is_what_its_study_says(row, study, data, group, kind):
     found = findings(study)[data]
     difference, n = difference_cells(found.differences(group, kind))
@@ -96,7 +96,7 @@ def test_the_headline_is_what_the_results_say():
 def test_the_memory_table_is_what_the_function_says(name):
     config, gib = Config(**CONFIGS[name]), []
     for how in ({}, {"n_shard": 8}, {"n_shard": 64}, {"recompute": True},
-                {"n_shard": 64, "recompute": True}):  # fmt: skip
+                {"n_shard": 64, "recompute": True}):
         gib.append(f"{memory_per_gpu(config, 1, **how)['total'] / 2**30:.1f}")
     pattern = rf"^\| `{re.escape(name)}` \| (\d+) \| (.*) \|$"
     (row,) = re.findall(pattern, BENCHMARKS, re.MULTILINE)

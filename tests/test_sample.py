@@ -323,7 +323,7 @@ def test_the_device_is_what_was_asked_for(monkeypatch):
 @pytest.mark.parametrize("n_moe,chip,dtype,takes", [
     (0, 8, torch.float32, True), (1, 8, torch.bfloat16, False),
     (1, 9, torch.float32, False), (1, 9, torch.bfloat16, True),
-])  # fmt: skip
+])
 def test_graphs_are_for_what_needs_no_cpu(n_moe, chip, dtype, takes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (chip, 0))
     weight = SimpleNamespace(is_cuda=True, device="cuda", dtype=dtype)
@@ -363,7 +363,7 @@ def test_for_sampling_all_but_the_routers_becomes_bfloat16():
 @pytest.mark.parametrize("shape", [
     {}, dict(n_expert=128, top_k=4), dict(attention="gta"),
     dict(attention="mla", kv_rank=16, knock_v="linear"),
-], ids=["dense", "mixture", "gta", "mla"])  # fmt: skip
+], ids=["dense", "mixture", "gta", "mla"])
 def test_compiled_steps_are_eager_ones(shape, n_samples):
     model = scramble(Transformer(Config(**TINY, **shape))).to("cuda", torch.bfloat16).eval()
     device = model.embed.weight.device

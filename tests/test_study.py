@@ -432,7 +432,7 @@ def test_runs_of_two_versions_are_never_compared():
 def test_the_course_of_a_difference_is_of_the_evaluations_that_both_runs_had():
     runs = study.grid({"": "toy"}, ["none", "mlp on v"], [1])
     evals = [[[10, 3.0, 0], [20, 2.0, 0], [30, None, 0], [40, 1.0, 0]],
-             [[20, 1.5, 0], [30, 1.25, 0], [40, 0.75, 0], [50, 0.5, 0]]]  # fmt: skip
+             [[20, 1.5, 0], [30, 1.25, 0], [40, 0.75, 0], [50, 0.5, 0]]]
     results = [result(run, 1.0, evals=e) for run, e in zip(runs, evals, strict=True)]
     batch = 100  # tokens, of `result`
     course = report.Findings(study.Study("", runs), results).course("", runs[1].kind)

@@ -36,7 +36,7 @@ BITS = [
     "'s", "'S", "'ſ", "'LL", "’re", "1", "12", "123", "1234567", "٣", "½", "Ⅷ", "a", "the ", "THE",
     "é", "e\u0301", "\u0301", "ß", "中文", "あ", "한", "ا", "🤯", "👨‍👩‍👧", "ǅ", "ʰ", "!",
     "...", "/", "_", "\u200d", "\u200b", "<|", "|>", "x" * 200,
-]  # fmt: skip
+]
 
 
 def texts():
@@ -65,7 +65,7 @@ def small():
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=600, special_tokens=["<|endoftext|>"], show_progress=False,
         initial_alphabet=levels.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     corpus = [path.read_text() for path in sorted(ROOT.glob("*.py"))] + BITS * 3
     tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
@@ -233,7 +233,7 @@ NO_SPACES = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, 
         ("pre_tokenizer", dict(LETTERS, add_prefix_space=True), "do not spell the text 'a b'"),
         ("pre_tokenizer", NO_SPACES, "do not spell the text 'a b'"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_cannot_be_used_is_one_line(path, value, message, small, tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text(change(small, path, value))

@@ -574,7 +574,7 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
          "halves (1): leave it out to go on with that run, or name another with --out"),
         ("--out RUN --resume --init BROKEN", "halves (''): leave it out to go on with that run"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line_and_touches_nothing(args, message, data, halves, tmp_path, run_here):
     broken = tmp_path / "broken" / "step-00000001.pt"
     broken.parent.mkdir()
