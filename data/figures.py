@@ -117,17 +117,19 @@ def memory_advice(config: Config, train, n_process: int) -> str:
     """What would need less memory than this run, each with the estimate for it, in one line."""
     micro_batch, recompute = train.micro_batch, train.recompute
 
-    def gib(*how) -> float:
-        return memory_per_gpu(config, *how)["total"] / 2**30
+    def gib(micro_batch, recompute, n_gpu=n_process, shards=train.parallel == "fsdp") -> float:
+        accumulates = train.batch_tokens > micro_batch * config.block_size * n_gpu
+        n_shard = n_gpu if shards else 1
+        need = memory_per_gpu(config, micro_batch, n_shard, recompute, accumulates)
+        return need["total"] / 2**30
 
-    n_shard = n_process if train.parallel == "fsdp" else 1
     more, less = max(8, 2 * n_process), max(1, micro_batch // 2)
-    now = gib(micro_batch, n_shard, recompute)
+    now = gib(micro_batch, recompute)
     ways = {
-        f"--micro_batch {less}": gib(less, n_shard, recompute),
-        "--recompute": gib(micro_batch, n_shard, True),
-        f"--parallel fsdp on {more} GPUs": gib(micro_batch, more, recompute),
-        "all of these": gib(less, more, True),
+        f"--micro_batch {less}": gib(less, recompute),
+        "--recompute": gib(micro_batch, True),
+        f"--parallel fsdp on {more} GPUs": gib(micro_batch, recompute, more, True),
+        "all of these": gib(less, True, more, True),
     }
     helps = [f"{way}: {need:.0f}" for way, need in ways.items() if need < now]
     return f"it needs about {now:.0f} GiB a GPU; with {', '.join(helps)}"

@@ -528,9 +528,18 @@ def test_a_gpu_without_memory_is_told_what_would_help(data, tmp_path, monkeypatc
     monkeypatch.setattr(train, where, fail)
     with pytest.raises(ValueError, match="the GPU's memory is too small for this run: it needs"):
         main([*SHORT, "--data", str(data), "--out", str(tmp_path)])
-    advice = memory_advice(Config(**CONFIGS["moe-1b-6.1b"]), TrainConfig(micro_batch=1), 8)
+    settings = TrainConfig(micro_batch=1, batch_tokens=2**22)
+    advice = memory_advice(Config(**CONFIGS["moe-1b-6.1b"]), settings, 8)
     assert advice.startswith("it needs about 119 GiB a GPU; with --recompute: 108, --parallel fsdp")
     assert "--micro_batch" not in advice and "\n" not in advice  # it is 1 already
+
+
+def test_smaller_micro_batches_are_advised_only_if_they_need_less():
+    """Two in an update add their gradients up, which takes more than the smaller one saves."""
+    config, one = Config(**CONFIGS["moe-0.4b-2.3b"]), TrainConfig(micro_batch=4, batch_tokens=2**14)
+    assert "--micro_batch" not in memory_advice(config, one, 1)
+    more = dataclasses.replace(one, batch_tokens=2**16)
+    assert "with --micro_batch 2: " in memory_advice(config, more, 1)
 
 
 @pytest.mark.parametrize(
