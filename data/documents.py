@@ -185,15 +185,18 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
 def read_csv(path: Path, field: str) -> Iterator[tuple[int, dict[str, str] | csv.Error]]:
     """The rows after the first, which names the fields, each with the number of its last line. A
     row with text after the named fields becomes an error, which is a bad row. Raises csv.Error for
-    a wrong quote in a file that has the `field`: what follows it may be cut anywhere."""
+    a wrong quote in a file that has the `field`, because what follows it may be cut anywhere, and
+    ValueError if two columns have the field's name."""
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than many a text
     # surrogateescape: bytes that are not UTF-8 make their own row a bad one, and no other
     how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
     with io.TextIOWrapper(open_file(path), **how) as file:
-        has_field = field in next(csv.reader(file), [])
+        n_named = next(csv.reader(file), []).count(field)
+    if n_named > 1:
+        raise ValueError(f"{path} has {n_named} columns named {field!r}: rename all but one")
     with io.TextIOWrapper(open_file(path), **how) as file:
         # strict, or a wrong quote would change the text; without the field there is no text
-        reader = csv.DictReader(file, strict=has_field)
+        reader = csv.DictReader(file, strict=n_named > 0)
         try:
             for row in reader:
                 extra = row.pop(None, [])

@@ -501,6 +501,12 @@ def test_what_a_csv_may_hold():
     assert all_documents() == sorted(texts)
 
 
+def test_a_csv_with_two_columns_of_text_is_refused():
+    write("in/a.csv", "text,id,text\na,1,b\n")
+    with pytest.raises(ValueError, match="^in/a.csv has 2 columns named 'text': rename all but one$"):
+        prepare(["in"], "out")
+
+
 def test_a_csv_without_text_may_hold_any_quotes():
     """In a folder it is skipped, and does not stop the others."""
     write_texts("in", [1, 2])
