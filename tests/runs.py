@@ -4,6 +4,7 @@ as a user does; and what they leave in files."""
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +63,11 @@ def run_process(*args, env=None, **how):
         text=True,
         timeout=LIMIT,
     )
+
+
+def as_in_a_terminal():
+    """For preexec_fn: under nohup the tests would start a process with SIGHUP ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def start_process(*args, preexec_fn=None, **how):

@@ -28,6 +28,7 @@ from tests.runs import (
     LONG,
     ROOT,
     SHORT,
+    as_in_a_terminal,
     assert_same_run,
     at_step,
     change_token,
@@ -748,10 +749,6 @@ def half_saved(start, slow_disk, data, tmp_path):
     """A run that has written half of a checkpoint, and its folder."""
     out = tmp_path / "run"
     args = [*LONG, "--save_every", 10, "--data", data, "--out", out]
-
-    def as_in_a_terminal():  # under nohup the tests would start it with SIGHUP ignored
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
     process = start(*args, script=slow_disk, preexec_fn=as_in_a_terminal)
     while "half of step 20" not in process.stdout.readline():
         assert process.poll() is None

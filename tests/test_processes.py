@@ -18,6 +18,7 @@ from tests.runs import (
     LONG,
     SCALE,
     SHORT,
+    as_in_a_terminal,
     assert_same_run,
     at_step,
     command,
@@ -159,7 +160,8 @@ def test_a_run_that_nobody_can_read_any_more_is_saved(name, data, tmp_path):
     """A closed terminal sends SIGHUP. Ctrl-C ends tee, too, and often sooner."""
     ours, theirs = os.openpty() if name == "SIGHUP" else os.pipe()
     args = command(*LONG, "--save_every", 0, "--data", data, "--out", tmp_path)
-    process = subprocess.Popen(args, env=environment(), stdout=theirs, stderr=theirs)
+    how = {"env": environment(), "preexec_fn": as_in_a_terminal}
+    process = subprocess.Popen(args, stdout=theirs, stderr=theirs, **how)
     try:
         os.close(theirs)
         wait_for_update(tmp_path, process)
