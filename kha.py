@@ -545,10 +545,11 @@ def check_fields(config, choices: dict, may_be_zero: tuple[str, ...]) -> None:
         name, value, zero = field.name, getattr(config, field.name), field.name in may_be_zero
         if name in choices and value not in choices[name]:
             raise ValueError(f"{name} must be one of {', '.join(choices[name])}, not {value!r}")
-        number = field.type in (int, float)
-        if number and not isinstance(value, (int, field.type)):
+        if field.type not in (int, float):
+            continue
+        if not isinstance(value, (int, field.type)):
             raise ValueError(f"{name} must be of type {field.type.__name__}, not {value!r}")
-        if number and not (0 < value < 2**63 or zero and value == 0):
+        if not (0 < value < 2**63 or zero and value == 0):
             raise ValueError(f"{name} must be {'>= 0' if zero else '> 0'} and < 2^63, not {value}")
 
 
@@ -689,9 +690,8 @@ if triton:
         """Gradients of `fused_mlp`, by x and by w."""
         x, dy, D = x.contiguous(), dy.contiguous(), x.shape[-1]
         rows = 128 if D < 128 else 16  # these numbers were the fastest of those tried
-        programs = n_program(x, rows, 1)
+        programs, kernel = n_program(x, rows, 1), torch.library.wrap_triton(mlp_backward_kernel)
         dx, dw = torch.empty_like(x), x.new_empty(programs, 3, D, D, dtype=torch.float32)
-        kernel = torch.library.wrap_triton(mlp_backward_kernel)
         kernel[(programs,)](x, w, dy, dx, dw, x.numel() // D, D, rows, num_warps=8)
         return dx, dw.sum(0).to(w.dtype)
 

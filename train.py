@@ -58,8 +58,8 @@ from data.processes import (
     whole,
 )
 from data.script import add_fields, parse_args, run_script
+from data.tokenizer_json import Tokenizer
 from data.tokens import (
-    Tokenizer,
     draw_batch,
     load_tokenizer,
     open_tokens,

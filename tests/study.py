@@ -522,8 +522,8 @@ class Runner:
         total = sum(job.tokens(job.settings["steps"]) for job in self.jobs)
         bar = tqdm(total=total, initial=self.tokens_done(), unit="tok", unit_scale=True,
                    smoothing=0, dynamic_ncols=True, disable=None)
-        names = ("SIGTERM", "SIGINT", "SIGHUP")
-        with handling(lambda number, _: signals.append(number), *names), bar:
+        asks = handling(lambda number, _: signals.append(number), "SIGTERM", "SIGINT", "SIGHUP")
+        with asks, bar:
             try:
                 while True:
                     drop_unread_output()
