@@ -110,7 +110,7 @@ class Knock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Every head of x (..., H, D) on its own: the same shape."""
         if self.kind == "linear":
-            return x @ self.t.to(x.dtype)  # not used by `Heads`: its weight has t already
+            return x @ self.t.to(x.dtype)  # `Heads` does not call this: its weight has t already
         if self.kind == "mlp":
             if can_fuse(x):  # one kernel: the end of this file
                 return fused_mlp(x, torch.stack((self.up, self.gate, self.down)).to(x.dtype))
@@ -138,7 +138,7 @@ class Heads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads = F.linear(x, self.absorbed_weight(x.dtype))  # (B, T, H * D)
         heads = heads.unflatten(-1, (-1, self.knock.head_dim))  # (B, T, H, D)
-        # A linear knock is in the weight already: x (W_i t) = (x W_i) t, at less cost.
+        # A linear knock is in the weight already: x (W_i t) = (x W_i) t, cheaper for many tokens.
         return heads if self.knock.kind == "linear" else self.knock(heads)
 
 
@@ -385,7 +385,7 @@ class MLA(nn.Module):
             latent, k_rope = layer_cache.update(common, latent, k_rope)  # (B, S, ...)
         wk = self.wk.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))  # (G, H/G, D, R)
         wv = self.wv.absorbed_weight(x.dtype).unflatten(0, (G, -1, D))  # as wk
-        if common.mask is None:  # no past: make each head's k and v, which are narrower if R > D
+        if common.mask is None:  # all tokens are new: make each head's k and v, D wide, not R
             k = torch.einsum("btgr,ghdr->btghd", latent, wk).flatten(2, 3)  # (B, T, H, D)
             v = torch.einsum("btgr,ghdr->btghd", latent, wv).flatten(2, 3)
             k = torch.cat((k, k_rope.expand_as(q_rope)), dim=-1)  # (B, T, H, D + D/2)
@@ -430,7 +430,7 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
         raise ValueError(f"kind must be linear or mlp, not {kind!r}")
     if not isinstance(head_dim, int):
         raise ValueError(f"head_dim must be an int, not {head_dim!r}")
-    matches = {}  # of a module with several names the first counts
+    matches = {}  # a module can have several names: the first one is taken
     for name, part in model.named_modules(remove_duplicate=False):
         if fnmatch.fnmatchcase(name, pattern):
             matches.setdefault(part, name)
@@ -486,11 +486,11 @@ def fold(model: nn.Module) -> nn.Module:
     attns = [part for part in model.modules() if isinstance(part, GQA)]
     # Attention is linear in the values. So W^down can go into W^O, which all of them pass.
     wo = {attn.wv: attn.wo for attn in attns if attn.wv.knock.kind == "mlp"}
-    heads = [part for part in model.modules() if isinstance(part, Heads)]
-    heads = [part for part in heads if part.knock.kind in ("linear", "mlp", "gate")]
+    ours = [part for part in model.modules() if isinstance(part, Heads)]
+    ours = [part for part in ours if part.knock.kind in ("linear", "mlp", "gate")]
     linears = [part for part in model.modules() if isinstance(part, KnockedLinear)]
     linears = [part for part in linears if all(knock.kind == "linear" for knock in part.knocks)]
-    check_own(model, {*heads, *linears, *wo.values()})
+    check_own(model, {*ours, *linears, *wo.values()})
     for part in linears:
         for knock, (start, stop) in zip(part.knocks, part.rows, strict=True):
             part.weight[start:stop] = absorb(part.weight[start:stop], knock.t)
@@ -498,7 +498,7 @@ def fold(model: nn.Module) -> nn.Module:
                 part.bias[start:stop] = absorb(part.bias[start:stop, None], knock.t)[:, 0]
         del part.knocks, part.rows
         part.__class__ = nn.Linear
-    for part in heads:
+    for part in ours:
         if part.knock.kind == "linear":
             part.weight.copy_(part.absorbed_weight(part.weight.dtype))
             part.knock = Knock("none", part.knock.head_dim)

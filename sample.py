@@ -86,7 +86,7 @@ def sample_logits(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    values = logits.float() / max(temperature, 1e-30)  # smaller, and float32 could overflow
+    values = logits.float() / max(temperature, 1e-30)  # divided by less, float32 could overflow
     cuts = top_k > 0 or top_p < 1
     if cuts:
         values, tokens = values.sort(dim=-1, descending=True)  # (B, V), likeliest first
@@ -155,15 +155,14 @@ def generate(
     cache = Cache(model, length)
     texts = torch.zeros(n_samples, length, dtype=torch.long, device=device)  # tokens by position
 
-    def read(start: Tensor) -> Tensor:
-        """Begin the cache with start (B, T); returns the logits of the next token, (B, V)."""
+    def read(text: Tensor) -> Tensor:
+        """Begin the cache with text (B, T); returns the logits of the next token, (B, V)."""
         with torch.compiler.set_stance("force_eager"):  # each T would be compiled for itself
-            return model(start, cache=cache)[:, -1, :n_vocab]
+            return model(text, cache=cache)[:, -1, :n_vocab]
 
     n_cached = len(prompt)  # tokens in the cache; on the device this number is `position`
-    start = torch.tensor([prompt], device=device)
-    texts[:, :n_cached] = start
-    logits = read(start)  # (1, V)
+    texts[:, :n_cached] = torch.tensor(prompt, device=device)
+    logits = read(texts[:1, :n_cached])  # (1, V)
     cache.repeat(n_samples)
     tokens = draw(logits.repeat(n_samples, 1))  # (B,)
     position = torch.tensor([n_cached], device=device)
@@ -182,8 +181,7 @@ def generate(
             if n_cached == length:
                 n_cached = max(1, length // 2)
                 rest = texts[:, length - n_cached + 1 :]  # one token less: the new one comes too
-                start = torch.cat((rest, tokens[:, None]), dim=1)  # (B, n_cached)
-                tokens.copy_(draw(read(start)))
+                tokens.copy_(draw(read(torch.cat((rest, tokens[:, None]), dim=1))))  # (B, n_cached)
                 position.fill_(n_cached)
             else:
                 if n_step == 1 and can_capture(model):  # it has run once, as `capture` needs
@@ -289,10 +287,6 @@ def measure(model: Transformer, tokenizer: Tokenizer, folder: str, device: str) 
     )
 
 
-# Options of nanoGPT's sample.py, and what they are here.
-NANOGPT = {"--start": "--prompt", "--out_dir": "--checkpoint"}
-
-
 def main(argv: list[str]) -> None:
     """The command line. Raises ValueError or OSError for bad input."""
     parser = new_parser("sample.py", __doc__)
@@ -313,7 +307,7 @@ def main(argv: list[str]) -> None:
         " writes faster; CUDA only")
     add("--evaluate", metavar="DATA", help="print the held-out loss on this prepared data instead")
     add("--export_hf", metavar="FOLDER", help="write the model for transformers there instead")
-    options = vars(parse_args(parser, argv, NANOGPT))
+    options = vars(parse_args(parser, argv))
 
     device, path = pick_device(options.pop("device")), options.pop("checkpoint")
     data, folder = options.pop("evaluate"), options.pop("export_hf")

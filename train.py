@@ -87,7 +87,7 @@ class TrainConfig:
     beta2: float = 0.95  # of AdamW
     grad_clip: float = 1.0  # largest norm of all gradients together
     balance: str = "rms"  # rule of loss-free balancing: rms or sign
-    balance_rate: float = 1e-3  # how far an update moves the experts' biases, on average
+    balance_rate: float = 1e-3  # how far an update moves the experts' biases, root mean square
     eval_every: int = 250  # steps between evaluations
     eval_tokens: int = 262144  # an evaluation reads so many held-out tokens, the first ones
     save_every: int = 250  # steps between checkpoints (two and the best stay); 0: only at a signal
@@ -106,7 +106,8 @@ class TrainConfig:
             raise ValueError(f"beta1 and beta2 must be under 1, not {self.beta1} and {self.beta2}")
 
 
-# The paper's settings for its exploratory models, 100B tokens, and for the main one, 1T tokens.
+# The paper's settings for its exploratory mixtures, 100B tokens, and for the main model, 1T tokens.
+# Those of the dense models are not known: these are our guess.
 _explore = dict(lr=7.5e-4, batch_tokens=2**21, steps=47_684, micro_batch=4, eval_tokens=2**20)
 _main = dict(lr=4.78e-4, batch_tokens=2**22, steps=238_419, micro_batch=1, eval_tokens=2**20)
 RECIPES = {
@@ -164,12 +165,6 @@ def balance_experts(model: Transformer, rate: Tensor, rule: str) -> Tensor:
         moe.load.copy_(load)
         moe.balance(rate, rule)
     return (loads.amax(-1) / loads.mean(-1)).max()
-
-
-def copy_with_stop(numbers: Tensor, stops: bool) -> Callable[[], tuple[list[float], Moment]]:
-    """`copy_to_cpu` of an update's numbers and one more: how many processes want to stop."""
-    n_stopping = sum_over_processes(torch.full((1,), float(stops), device=numbers.device))
-    return copy_to_cpu(torch.cat((numbers, n_stopping)))
 
 
 def lr_at(step: int, train: TrainConfig) -> float:
@@ -259,14 +254,6 @@ def build_model(
 # --------------------------------------------------------------------------------------------------
 # The run
 
-# Options of nanoGPT, which many readers know, and what they are here: "" if there is none.
-NANOGPT = {
-    "--batch_size": "--micro_batch", "--gradient_accumulation_steps": "--batch_tokens",
-    "--learning_rate": "--lr", "--max_iters": "--steps", "--eval_interval": "--eval_every",
-    "--init_from": "--resume",
-    **dict.fromkeys(("--dropout", "--dtype", "--min_lr", "--bias", "--backend", "--eval_only"), ""),
-}
-
 
 def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     """Command line to (model config, training config, checkpoint to start from or None).
@@ -280,7 +267,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     options.add_argument("--resume", action="store_true", default=False,
                          help="go on from the newest checkpoint in --out, if any; the command can"
                          " change its settings, not its model; a config then only gives an --out")
-    given = vars(parse_args(options, argv, NANOGPT))
+    given = vars(parse_args(options, argv))
     name, resume = given.pop("config"), given.pop("resume")
     shape = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}
     settings = {"out": f"out/{name}", **RECIPES[name], **given}
@@ -337,6 +324,12 @@ def show_sample(model: Transformer, tokenizer: Tokenizer, train: TrainConfig, ra
         write_samples(model.eval(), tokenizer, train.prompt, max_new_tokens=train.sample_tokens)
 
 
+def copy_with_stop(numbers: Tensor, stops: bool) -> Callable[[], tuple[list[float], Moment]]:
+    """`copy_to_cpu` of an update's numbers and one more: how many processes want to stop."""
+    n_stopping = sum_over_processes(torch.full((1,), float(stops), device=numbers.device))
+    return copy_to_cpu(torch.cat((numbers, n_stopping)))
+
+
 def main(argv: list[str]) -> None:
     """The command line. Raises ValueError or OSError for bad input, before --out is written."""
     config, given, checkpoint = parse_config(argv)
@@ -371,7 +364,7 @@ def main(argv: list[str]) -> None:
 
     step_once = partial(update, model, wrapped, optimizer, train)
     waiting, stopping = deque(), False
-    reserves = rank == 0 and train.save_every and start < train.steps  # takes memory now: see Saver
+    reserves = rank == 0 and train.save_every and start < train.steps  # memory, before training
     saver = Saver(train.out, start, best, model if reserves else None)
     with Signals() as signals, advice_on_memory(config, train, n_process), saver:
         micros = draw(start)

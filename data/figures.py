@@ -79,7 +79,7 @@ def memory_per_gpu(config: Config, micro_batch: int, n_shard: int = 1, recompute
     of the weights, which the backward pass keeps (FSDP has embedding, output and two blocks whole
     at a time), each layer's activations (with recompute all layers' inputs and one layer's
     activations), and a chunk of logits with its gradient and that of the output's weight. If an
-    update is one micro-batch (accumulates=False), gradients come only as activations go.
+    update is one micro-batch (accumulates=False), each gradient takes the place of activations.
     """
     c = config
     with torch.device("meta"):

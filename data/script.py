@@ -77,11 +77,22 @@ def new_parser(name: str, doc: str, **more) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(name, description=doc, formatter_class=layout, **more)
 
 
-def parse_args(parser: argparse.ArgumentParser, argv: list[str],
-               other_names: dict[str, str] | None = None) -> argparse.Namespace:
+# Options of nanoGPT, which many readers know, and what they are here: "" if there is none.
+NANOGPT = {
+    "train.py": {
+        "--batch_size": "--micro_batch", "--gradient_accumulation_steps": "--batch_tokens",
+        "--learning_rate": "--lr", "--max_iters": "--steps", "--eval_interval": "--eval_every",
+        "--init_from": "--resume", "--dropout": "", "--dtype": "", "--min_lr": "", "--bias": "",
+        "--backend": "", "--eval_only": "",
+    },
+    "sample.py": {"--start": "--prompt", "--out_dir": "--checkpoint"},
+}
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """Parse `argv`. Anything wrong with it is a ValueError of one line, which names the nearest
-    known option, or what `other_names` has for an unknown one ("" for none). Options have to be
-    written whole, so that a new one never makes an old command ambiguous."""
+    known option, also for one of nanoGPT's. Options have to be written whole, so that a new one
+    never makes an old command ambiguous."""
 
     def fail(message: str) -> NoReturn:
         if message.startswith("unrecognized"):
@@ -97,7 +108,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str],
         option = word.split("=")[0]
         if re.fullmatch(r"--?[a-zA-Z]\S*", option) and option not in options:
             hint = "" if option.startswith("--") else " (a value needs =, as in --option=-VALUE)"
-            meant = (other_names or {}).get(option, option)
+            meant = NANOGPT.get(parser.prog, {}).get(option, option)
             guess = nearest(meant, options, "none is like it, see --help")
             raise ValueError(f"unknown option {option}: {guess}{hint}")
     args = parser.parse_intermixed_args(argv)

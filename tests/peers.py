@@ -54,6 +54,7 @@ from torch import Tensor, nn
 
 import kha
 import train as ours
+from data.checks import check_run
 from data.device import pick_device
 from data.evaluation import bits_per_byte, evaluate
 from data.figures import PEAK_FLOPS, flops_per_token, knocks_of, of_gpu
@@ -61,7 +62,7 @@ from data.log import Log
 from data.script import run_script
 from data.tokens import load_tokenizer, open_tokens
 from kha import Config, Heads, Knock, Transformer
-from train import TrainConfig, check_run, make_optimizer, parse_config
+from train import TrainConfig, make_optimizer, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CLONE = Path(os.environ.get("NANOGPT", ROOT.parent / "nanoGPT")).resolve()
