@@ -98,7 +98,8 @@ def test_the_kernel_is_the_equation_without_a_gpu():
         import kha
         from tests.test_kha import check_kernel
 
-        kha.sigmoid = triton.jit(lambda x: tl.sigmoid(x))  # it has no instructions of a GPU
+        # It has no instructions of a GPU.
+        kha.twice_sigmoid = triton.jit(lambda x: 2 * tl.sigmoid(x))
         kha.can_fuse = lambda x: True
         gpu = SimpleNamespace(multi_processor_count=2)  # so few that a program has many tiles
         torch.cuda.get_device_properties = lambda device: gpu

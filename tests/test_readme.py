@@ -78,8 +78,8 @@ def test_the_headline_is_what_the_results_say():
     shares = [passing_step(a, b["val_loss"]) / a["settings"]["steps"] for a, b in pairs]
     first, last = (round(100 * share) for share in (min(shares), max(shares)))
     assert len(pairs) == 3 and (
-        f"`gpt2` ends {lower} nats a token lower after 164M tokens of Python source: at {ours:.3f}, not"
-        f" {none:.3f}. It passes {none:.3f} after {first} to {last}% of its updates"
+        f"`gpt2` ends {lower} nats a token lower after 164M tokens of Python source: at {ours:.3f},"
+        f" not {none:.3f}. It passes {none:.3f} after {first} to {last}% of its updates"
     ) in prose
     one, own = (texts[0].results["82M", f"mlp on v{more}"]
                 for more in ("", ", one for each head"))
