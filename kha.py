@@ -244,16 +244,16 @@ class Block(nn.Module):
 
 
 @torch.no_grad()
-def init_weights(module: nn.Module, config: Config, aside: torch.Generator | None = None) -> None:
+def init_weights(module: nn.Module, config: Config, generator: torch.Generator | None = None):
     """Give every weight its start, in place, for a model or a part such as a block.
 
     Knocks at the identity (section 3.3) draw no random numbers. So with the same seed they change
-    no other weight, and no output of step 0. Random knocks draw from `aside`, if given.
+    no other weight, and no output of step 0. Random knocks draw from `generator`, if given.
     """
     out_std = 0.02 / math.sqrt(2 * config.n_layer)  # GPT-2: activations do not grow with depth
     for name, p in module.named_parameters():
         if "knock." in name and config.knock_init == "random":
-            p.normal_(std=len(p) ** -0.5, generator=aside)  # keeps the variance
+            p.normal_(std=len(p) ** -0.5, generator=generator)  # keeps the variance
         elif "knock." in name:
             INITS[name.split(".")[-1]](p)
         elif p.dim() == 1:  # the norms

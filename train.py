@@ -226,14 +226,14 @@ def build_model(
     # broadcast_buffers is the old name: older versions of torch do not have the new one.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")
     torch.manual_seed(train.seed)
-    aside = torch.Generator(device).manual_seed(train.seed + 10**6)  # for random knocks alone
+    generator = torch.Generator(device).manual_seed(train.seed + 10**6)  # for random knocks
     with torch.device("meta"):
         model = Transformer(config, dtype, train.recompute, chunked_loss(compiles))
     parts = [model.embed, *model.blocks, model.norm]
     if model.head is not None:
         parts.append(model.head)
     for part in parts:
-        init_weights(part.to_empty(device=device), config, aside)
+        init_weights(part.to_empty(device=device), config, generator)
         if isinstance(part, Block) and compiles:
             part.compile()  # one compiled block serves all: a minute less than the whole model
         if isinstance(part, Block) and shard:
