@@ -162,8 +162,9 @@ def open_source(name: str, path: Path, field: str, found: bool = False) -> Sourc
     """The source that a file is. The ending of its name says whether it has rows, and which."""
     ending, rows = path.name.lower(), None
     kind = Path(ending.removesuffix(".gz").removesuffix(".zst")).suffix
-    if kind == ".parquet" or ending.endswith(".zst"):
-        # Now, not when it is read after hours.
+    if kind == ".parquet" and not ending.endswith(kind):
+        raise ValueError(f"{name} is packed twice, as a .parquet is packed itself: unpack it")
+    if kind == ".parquet" or ending.endswith(".zst"):  # now, not when it is read after hours
         import_optional("pyarrow.parquet", name, extra="datasets")
     if kind in (".jsonl", ".ndjson", ".json"):
         rows = read_jsonl(path)

@@ -21,7 +21,8 @@ from typing import NoReturn
 
 
 def run_script(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run `main(argv)` and exit. Bad input (ValueError, OSError) is one line on stderr, code 2."""
+    """Run `main(argv)` and exit. Bad input (ValueError, OSError) is one line on stderr, code 2; so
+    is too little memory, also in the words of torch."""
     for stream in (sys.stdout, sys.stderr):
         # Text that the terminal cannot show must not end a run. A log shows each line at once.
         stream.reconfigure(errors="replace", line_buffering=True)
@@ -32,9 +33,14 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
         # Python flushes once more at its end, and must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, OverflowError, RuntimeError) as error:
+        memory = isinstance(error, (MemoryError, OverflowError))
+        memory |= bool(re.search("ried to allocate|calculation overflowed", str(error)))
+        if isinstance(error, RuntimeError) and not memory:
+            raise
         named = isinstance(error, OSError) and error.filename
         message = f"{error.filename}: {error.strerror}" if named else f"{error}{origin(error)}"
+        message = f"too little memory, ask for less. {message}" if memory else message
         one_line = " ".join(message.split())  # other libraries' messages may span lines
         # A single write, because the processes of torchrun write to one terminal.
         sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {one_line}\n")
@@ -44,9 +50,9 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     sys.exit(0)
 
 
-def origin(error: ValueError | OSError) -> str:
-    """Where a ValueError comes from that this project does not raise itself, as in a changed model:
-    " (FILE:LINE)". For other errors ""."""
+def origin(error: Exception) -> str:
+    """Where an error comes from that this project does not raise itself, as in a changed model:
+    " (FILE:LINE)". For an OSError ""."""
     if isinstance(error, OSError):
         return ""
     root, frames = Path(__file__).parent.parent, traceback.extract_tb(error.__traceback__)

@@ -759,6 +759,13 @@ def test_a_damaged_file_is_named(ending, folder):
     assert os.listdir() == ["in"]
 
 
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_packed_parquet_file_is_not_called_damaged(ending):
+    write(f"in/a.parquet{ending}", b"")
+    with pytest.raises(ValueError, match=rf"a.parquet\{ending} is packed twice.*: unpack it"):
+        prepare(["in"], "out")
+
+
 def test_a_file_that_zstd_packed_with_long_is_not_called_damaged():
     pytest.importorskip("pyarrow")
     # A frame of zstd that asks for a window of 2 GiB, and holds "hello" as it is.
