@@ -759,6 +759,15 @@ def test_a_damaged_file_is_named(ending, folder):
     assert os.listdir() == ["in"]
 
 
+@pytest.mark.parametrize("ending", [".txt.gz", ".txt.zst", ".parquet"])
+def test_a_files_name_may_hold_any_bytes(ending):
+    pytest.importorskip("pyarrow")
+    os.mkdir("in")
+    write_rows(f"a{ending}", ["some text\n" * 300, "more\n" * 300])
+    os.rename(f"a{ending}", os.fsdecode(b"in/\xff") + ending)
+    assert prepare(["in"], "out")["skipped_files"] == 0
+
+
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 def test_a_packed_parquet_file_is_not_called_damaged(ending):
     write(f"in/a.parquet{ending}", b"")
