@@ -110,6 +110,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str],
     for name, value in vars(args).items():
         if value == "" and name not in ("prompt", "field"):
             raise ValueError(f"--{name} is empty: give it a value, or leave it out")
+        if str(value).startswith("~/") and name != "prompt":
+            raise ValueError(f"--{name} {value}: your shell left the ~: put a space before, not =")
         # Python marks bytes that are not UTF-8 so. torch cannot read a file of such a name, and a
         # tokenizer would change such a prompt.
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
@@ -241,7 +243,5 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         except OSError as error:
             if not is_taken(target):
                 raise
-            raise FileExistsError(
-                f"{path} has appeared meanwhile: choose another folder"
-            ) from error
+            raise FileExistsError(f"{path} appeared meanwhile: choose another folder") from error
         sync_names(target.parent)

@@ -914,10 +914,10 @@ def test_the_later_of_two_runs_is_refused(monkeypatch):
     write_texts("in", range(100))
     earlier = []
     meanwhile(monkeypatch, lambda: earlier.append(prepare(["in"], "out")))
-    with pytest.raises(FileExistsError, match="out has appeared meanwhile.* another folder"):
+    with pytest.raises(FileExistsError, match="out appeared meanwhile.* another folder"):
         prepare(["in"], "out")
     meanwhile(monkeypatch, lambda: write_texts("notes", [1]))
-    with pytest.raises(FileExistsError, match="notes has appeared meanwhile"):
+    with pytest.raises(FileExistsError, match="notes appeared meanwhile"):
         prepare(["in"], "notes")
     assert earlier == [load_meta("out")] and sorted(os.listdir()) == ["in", "notes", "out"]
 
