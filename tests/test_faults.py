@@ -185,6 +185,20 @@ def test_a_new_run_does_not_replace_one_that_was_faster(
     assert_same_run(whole, out)
 
 
+def test_a_run_saves_nothing_in_a_folder_that_is_anothers_now(data, tmp_path):
+    """Its user has deleted the folder, and begun another run there."""
+    out = tmp_path / "run"
+
+    def begin_another():
+        shutil.rmtree(out)
+        out.mkdir()
+        (out / "log.jsonl").touch()
+
+    with at_step(3, begin_another), pytest.raises(ValueError, match="was replaced while this run"):
+        main([*SHORT, "--data", str(data), "--out", str(out)])
+    assert names(out) == ["log.jsonl"]
+
+
 def test_a_resumed_run_does_not_replace_one_that_was_faster(whole, halves, data, monkeypatch):
     (halves / "step-00000030.pt").unlink()
     then = save_meanwhile(monkeypatch, whole, halves)
