@@ -299,9 +299,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     return config, train, checkpoint
 
 
-def go_on(
-    checkpoint: dict, out: str, shape: dict, given: dict
-) -> tuple[Config, TrainConfig, dict]:
+def go_on(checkpoint: dict, out: str, shape: dict, given: dict) -> tuple[Config, TrainConfig, dict]:
     """What `parse_config` returns for a run that goes on from a checkpoint in `out`. The training
     settings `given` now replace the checkpoint's; the model's cannot change. Raises ValueError for
     another `shape` or init, or for a run of another version."""

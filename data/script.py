@@ -34,9 +34,9 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError, MemoryError, OverflowError, RuntimeError) as error:
-        memory = isinstance(error, (MemoryError, OverflowError))
-        memory |= bool(re.search("ried to allocate|calculation overflowed", str(error)))
-        if isinstance(error, RuntimeError) and not memory:
+        memory = isinstance(error, (MemoryError, OverflowError, RuntimeError))
+        words = "ried to allocate|size calculation overflowed"  # torch's, of memory
+        if isinstance(error, RuntimeError) and not re.search(words, str(error)):
             raise
         named = isinstance(error, OSError) and error.filename
         message = f"{error.filename}: {error.strerror}" if named else f"{error}{origin(error)}"

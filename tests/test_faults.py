@@ -461,6 +461,7 @@ run_script(lambda argv: (print(argv[0]), os.kill(os.getpid(), signal.SIGKILL)))
     "error,code,shown",
     [(KeyboardInterrupt(), 130, ""),
      (OSError("two\n lines"), 2, "test_faults.py: error: two lines\n"),
+     (OSError("tried to allocate"), 2, "test_faults.py: error: tried to allocate\n"),
      (MemoryError(), 2, "test_faults.py: error: too little memory, ask for less.\n")],
 )
 def test_what_ends_a_script_is_one_line_at_most(error, code, shown, run_here):
