@@ -8,6 +8,7 @@ the model on prepared data instead, with --export_hf it writes the model for tra
 import codecs
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import partial
 
@@ -246,8 +247,7 @@ def write_samples(
         model, ids, n_samples, n_vocab=tokenizer.n_vocab, eot=tokenizer.eot_token, **options
     )
     # A token may end within a UTF-8 character: the decoder waits for the rest.
-    new_decoder = codecs.getincrementaldecoder("utf-8")
-    decoders = [new_decoder(errors="replace") for _ in range(n_samples)]
+    decoders = defaultdict(partial(codecs.getincrementaldecoder("utf-8"), errors="replace"))
     texts, n_shown = [prompt] * n_samples, 0
     for new in steps:
         for j, token in enumerate(new):

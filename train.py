@@ -286,9 +286,7 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     return config, train, checkpoint
 
 
-def go_on(
-    checkpoint: dict, out: str, shape: dict, given: dict
-) -> tuple[Config, TrainConfig, dict]:
+def go_on(checkpoint: dict, out: str, shape: dict, given: dict) -> tuple[Config, TrainConfig, dict]:
     """What `parse_config` returns for a run that goes on from a checkpoint in `out`. The training
     settings `given` now replace the checkpoint's; the model's cannot change. Raises ValueError for
     another `shape` or init, or for a run of another version."""
@@ -363,7 +361,7 @@ def main(argv: list[str]) -> None:
         return on_device(rows.unflatten(0, (-1, train.micro_batch)), device)
 
     step_once = partial(update, model, wrapped, optimizer, train)
-    waiting, stopping = deque(), False
+    waiting, n_stopping = deque(), 0
     reserves = rank == 0 and train.save_every and start < train.steps  # memory, before training
     saver = Saver(train.out, start, best, model if reserves else None)
     with Signals() as signals, advice_on_memory(config, train, n_process), saver:
@@ -381,32 +379,32 @@ def main(argv: list[str]) -> None:
             evaluates = last or done % train.eval_every == 0
             saves = train.save_every and (last or done % train.save_every == 0)
             ahead = 1 if device.startswith("cuda") else 0  # a GPU always has an update waiting
-            while len(waiting) > (0 if evaluates or saves or stopping else ahead):
+            while len(waiting) > (0 if evaluates or saves or n_stopping else ahead):
                 its_step, its_lr, arrive = waiting.popleft()
                 (*numbers, finite, n_stopping), moment = arrive()
                 log.update(its_step, its_lr, moment, *numbers, finite=finite > 0)
-                stopping = n_stopping > 0
             val_loss = None
             if evaluates:
                 share = evaluate(wrapped, held_out, T, train.micro_batch, device, rank, n_process)
-                val_loss = sum_over_processes(share).item()
+                val_loss = sum_over_processes(share).item()  # waits, so its signals have come
+                n_stopping += sum_over_processes(torch.full_like(share, signals.came)).item()
                 log.evaluation(done, val_loss, val_loss * bpb, knock_movement(model))
             # After a skipped update the weights may be at fault: then only the end of a run saves.
-            if stopping or (saves and (finite or last)):
+            if n_stopping or (saves and (finite or last)):
                 state = saver.collect(model, optimizer)
                 if rank == 0:
                     log.sync()  # no checkpoint on the disk without the log up to it
                     saver.save({**settings, "step": done, "val_loss": val_loss, **state})
             if evaluates or saves:
                 log.restart_clock()
-            if stopping:
+            if n_stopping:
                 break
     log.close()
-    if stopping and not last:
+    if n_stopping and not last:
         log.say(f"stopped by a signal, saved after step {done} of {train.steps}: --resume goes on")
     elif start == train.steps:
         log.say(f"nothing to train: all {start} steps are done (give more --steps)")
-    if train.sample_tokens and not stopping:
+    if train.sample_tokens and not n_stopping:
         show_sample(model, tokenizer, train, rank)
     del step_once  # NCCL would wait forever for a graph that holds its work
     leave_processes()

@@ -35,9 +35,7 @@ from data.script import sync, sync_names
 from kha import Config, Transformer
 
 FORMAT = 3  # a file of another format is refused
-TYPES = {
-    "format": int, "step": int, "config": dict, "train": dict, "tokenizer": str, "model": dict,
-}
+TYPES = {"format": int, "step": int, "config": dict, "train": dict, "tokenizer": str, "model": dict}
 
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer, memory: dict | None = None) -> dict:

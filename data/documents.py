@@ -137,7 +137,7 @@ def open_file(path: Path) -> BinaryIO:
     if path.name.lower().endswith(".zst"):
         import pyarrow
 
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"))
+        return io.BufferedReader(pyarrow.CompressedInputStream(open(path, "rb"), "zstd"))
     return open(path, "rb")
 
 
@@ -162,8 +162,9 @@ def open_source(name: str, path: Path, field: str, found: bool = False) -> Sourc
     """The source that a file is. The ending of its name says whether it has rows, and which."""
     ending, rows = path.name.lower(), None
     kind = Path(ending.removesuffix(".gz").removesuffix(".zst")).suffix
-    if kind == ".parquet" or ending.endswith(".zst"):
-        # Now, not when it is read after hours.
+    if kind == ".parquet" and not ending.endswith(kind):
+        raise ValueError(f"{name} is packed twice, as a .parquet is packed itself: unpack it")
+    if kind == ".parquet" or ending.endswith(".zst"):  # now, not when it is read after hours
         import_optional("pyarrow.parquet", name, extra="datasets")
     if kind in (".jsonl", ".ndjson", ".json"):
         rows = read_jsonl(path)
@@ -213,7 +214,7 @@ def read_parquet(path: Path, field: str) -> Iterator[tuple[int, dict]]:
 
     try:
         # By default pyarrow holds the whole file.
-        file = pyarrow.parquet.ParquetFile(path, buffer_size=PIECE, pre_buffer=False)
+        file = pyarrow.parquet.ParquetFile(open(path, "rb"), buffer_size=PIECE, pre_buffer=False)
         fields = [field] if field in file.schema_arrow.names else None
         batches = file.iter_batches(batch_size=100, columns=fields)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)

@@ -203,9 +203,13 @@ class Log:
         )
 
     def sync(self) -> None:
-        """Bring what was written to the disk. Raises OSError if that fails."""
-        with naming(self.file.name):  # some network disks find only now that they are full
-            os.fsync(self.file.fileno())
+        """Bring what was written to the disk. Raises OSError if that fails, and ValueError if the
+        log is another file now: then a user has deleted the folder, and begun another run in it."""
+        path, number = self.file.name, self.file.fileno()
+        with naming(path):  # some network disks find only now that they are full
+            os.fsync(number)
+        if os.path.exists(path) and not os.path.samefile(path, number):
+            raise ValueError(f"{path} was replaced while this run wrote it: choose another --out")
 
     def close(self) -> None:
         """End the progress, and say how many updates were left out, if any."""

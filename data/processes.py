@@ -31,9 +31,7 @@ def join_processes(device: str) -> tuple[int, int, str]:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "nccl" if device.startswith("cuda") else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=n_process, timeout=patience
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=n_process, timeout=patience)
     return rank, n_process, device
 
 

@@ -21,7 +21,8 @@ from typing import NoReturn
 
 
 def run_script(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run `main(argv)` and exit. Bad input (ValueError, OSError) is one line on stderr, code 2."""
+    """Run `main(argv)` and exit. Bad input (ValueError, OSError) is one line on stderr, code 2; so
+    is too little memory, also in the words of torch."""
     for stream in (sys.stdout, sys.stderr):
         # Text that the terminal cannot show must not end a run. A log shows each line at once.
         stream.reconfigure(errors="replace", line_buffering=True)
@@ -32,9 +33,14 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
         # Python flushes once more at its end, and must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, OverflowError, RuntimeError) as error:
+        memory = isinstance(error, (MemoryError, OverflowError, RuntimeError))
+        words = "ried to allocate|size calculation overflowed"  # torch's, of memory
+        if isinstance(error, RuntimeError) and not re.search(words, str(error)):
+            raise
         named = isinstance(error, OSError) and error.filename
         message = f"{error.filename}: {error.strerror}" if named else f"{error}{origin(error)}"
+        message = f"too little memory, ask for less. {message}" if memory else message
         one_line = " ".join(message.split())  # other libraries' messages may span lines
         # A single write, because the processes of torchrun write to one terminal.
         sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {one_line}\n")
@@ -44,9 +50,9 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
     sys.exit(0)
 
 
-def origin(error: ValueError | OSError) -> str:
-    """Where a ValueError comes from that this project does not raise itself, as in a changed model:
-    " (FILE:LINE)". For other errors ""."""
+def origin(error: Exception) -> str:
+    """Where an error comes from that this project does not raise itself, as in a changed model:
+    " (FILE:LINE)". For an OSError ""."""
     if isinstance(error, OSError):
         return ""
     root, frames = Path(__file__).parent.parent, traceback.extract_tb(error.__traceback__)
@@ -115,6 +121,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Nam
     for name, value in vars(args).items():
         if value == "" and name not in ("prompt", "field"):
             raise ValueError(f"--{name} is empty: give it a value, or leave it out")
+        if str(value).startswith("~/") and name != "prompt":
+            raise ValueError(f"--{name} {value}: your shell left the ~: put a space before, not =")
         # Python marks bytes that are not UTF-8 so. torch cannot read a file of such a name, and a
         # tokenizer would change such a prompt.
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
@@ -246,7 +254,5 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         except OSError as error:
             if not is_taken(target):
                 raise
-            raise FileExistsError(
-                f"{path} has appeared meanwhile: choose another folder"
-            ) from error
+            raise FileExistsError(f"{path} appeared meanwhile: choose another folder") from error
         sync_names(target.parent)

@@ -759,6 +759,22 @@ def test_a_damaged_file_is_named(ending, folder):
     assert os.listdir() == ["in"]
 
 
+@pytest.mark.parametrize("ending", [".txt.gz", ".txt.zst", ".parquet"])
+def test_a_files_name_may_hold_any_bytes(ending):
+    pytest.importorskip("pyarrow")
+    os.mkdir("in")
+    write_rows(f"a{ending}", ["some text\n" * 300, "more\n" * 300])
+    os.rename(f"a{ending}", os.fsdecode(b"in/\xff") + ending)
+    assert prepare(["in"], "out")["skipped_files"] == 0
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_packed_parquet_file_is_not_called_damaged(ending):
+    write(f"in/a.parquet{ending}", b"")
+    with pytest.raises(ValueError, match=rf"a.parquet\{ending} is packed twice.*: unpack it"):
+        prepare(["in"], "out")
+
+
 def test_a_file_that_zstd_packed_with_long_is_not_called_damaged():
     pytest.importorskip("pyarrow")
     # A frame of zstd that asks for a window of 2 GiB, and holds "hello" as it is.
@@ -898,10 +914,10 @@ def test_the_later_of_two_runs_is_refused(monkeypatch):
     write_texts("in", range(100))
     earlier = []
     meanwhile(monkeypatch, lambda: earlier.append(prepare(["in"], "out")))
-    with pytest.raises(FileExistsError, match="out has appeared meanwhile.* another folder"):
+    with pytest.raises(FileExistsError, match="out appeared meanwhile.* another folder"):
         prepare(["in"], "out")
     meanwhile(monkeypatch, lambda: write_texts("notes", [1]))
-    with pytest.raises(FileExistsError, match="notes has appeared meanwhile"):
+    with pytest.raises(FileExistsError, match="notes appeared meanwhile"):
         prepare(["in"], "notes")
     assert earlier == [load_meta("out")] and sorted(os.listdir()) == ["in", "notes", "out"]
 

@@ -185,6 +185,20 @@ def test_a_new_run_does_not_replace_one_that_was_faster(
     assert_same_run(whole, out)
 
 
+def test_a_run_saves_nothing_in_a_folder_that_is_anothers_now(data, tmp_path):
+    """Its user has deleted the folder, and begun another run there."""
+    out = tmp_path / "run"
+
+    def begin_another():
+        shutil.rmtree(out)
+        out.mkdir()
+        (out / "log.jsonl").touch()
+
+    with at_step(3, begin_another), pytest.raises(ValueError, match="was replaced while this run"):
+        main([*SHORT, "--data", str(data), "--out", str(out)])
+    assert names(out) == ["log.jsonl"]
+
+
 def test_a_resumed_run_does_not_replace_one_that_was_faster(whole, halves, data, monkeypatch):
     (halves / "step-00000030.pt").unlink()
     then = save_meanwhile(monkeypatch, whole, halves)
@@ -446,7 +460,9 @@ run_script(lambda argv: (print(argv[0]), os.kill(os.getpid(), signal.SIGKILL)))
 @pytest.mark.parametrize(
     "error,code,shown",
     [(KeyboardInterrupt(), 130, ""),
-     (OSError("two\n lines"), 2, "test_faults.py: error: two lines\n")],
+     (OSError("two\n lines"), 2, "test_faults.py: error: two lines\n"),
+     (OSError("tried to allocate"), 2, "test_faults.py: error: tried to allocate\n"),
+     (MemoryError(), 2, "test_faults.py: error: too little memory, ask for less.\n")],
 )
 def test_what_ends_a_script_is_one_line_at_most(error, code, shown, run_here):
     def end(argv):
@@ -467,6 +483,18 @@ def test_an_error_that_we_do_not_raise_says_where_it_is(run_here):
         "test_faults.py: error: too many values to unpack (expected 2)"
         f" (tests/test_faults.py:{line})\n"
     )
+
+
+@pytest.mark.parametrize("size", [2**50, 2**62])
+def test_too_little_memory_is_one_line_also_in_torchs_words(size, run_here):
+    done = run_here(lambda argv: torch.zeros(size))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "error: too little memory, ask for less. " in done.stderr
+
+
+def test_another_error_of_torch_is_a_fault_and_keeps_its_traceback(run_here):
+    with pytest.raises(RuntimeError, match="must match"):
+        run_here(lambda argv: torch.zeros(2) + torch.zeros(3))
 
 
 def test_an_error_of_the_system_has_no_place(run_here):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sample
+from data import evaluation
 from data.checkpoint import list_checkpoints, load_checkpoint
 from tests.report import read_log
 from tests.runs import (
@@ -146,6 +147,18 @@ def test_after_a_signal_in_the_last_update_the_run_is_finished_without_a_sample(
     assert_same_run(whole, tmp_path)
     output = capsys.readouterr().out
     assert "stopped by a signal" not in output and "\na" not in output  # as the sample begins
+
+
+def test_a_signal_in_the_last_evaluation_saves_as_it_says(data, tmp_path, monkeypatch, capsys):
+    def evaluate(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluation.evaluate(*args)
+
+    monkeypatch.setattr("train.evaluate", evaluate)
+    rare = ["--eval_every", "30", "--save_every", "0"]
+    main([*SHORT, *rare, "--data", str(data), "--out", str(tmp_path)])
+    assert names(tmp_path) == ["best.pt", "log.jsonl", "step-00000030.pt"]
+    assert "a sample" not in capsys.readouterr().out
 
 
 def test_under_nohup_a_closed_terminal_does_not_stop_a_run(whole, data, tmp_path):

@@ -561,6 +561,7 @@ def test_smaller_micro_batches_are_advised_only_if_they_need_less():
         ("--norm_eps nan", "norm_eps must be > 0"),
         ("--beta2 1", "beta1 and beta2 must be under 1, not 0.9 and 1.0"),
         ("--out EMPTY", "--out is empty"),
+        ("--out=~/x", "--out ~/x: your shell left the ~: put a space before, not ="),
         ("--init EMPTY", "--init is empty"),
         ("--n_kv_head 3", "n_head must be a multiple of n_kv_head"),
         ("--data DATA --batch_tokens 1000",
