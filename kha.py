@@ -49,10 +49,10 @@ class Config:
     n_layer: int = 12  # blocks
     n_embd: int = 768  # features of a token
     n_head: int = 12  # query heads
-    n_kv_head: int = 12  # key/value heads (n_head: MHA, 1: MQA, else GQA); in MLA latents
+    n_kv_head: int = 12  # key/value heads (n_head: MHA, 1: MQA, else GQA); MLA: latents
     head_dim: int = 64  # features of a head
     attention: str = "gqa"  # gqa, gta or mla
-    kv_rank: int = 0  # MLA: features of all n_kv_head latents together; 2 latents or more are GLA
+    kv_rank: int = 0  # MLA: features of all its latents together
     q_rank: int = 0  # MLA: features of the query's latent; 0: it has none
     d_ff: int = 2048  # width of the SwiGLU, or of each expert
     n_expert: int = 0  # experts in each block; 0 is a dense model
@@ -131,25 +131,25 @@ class Heads(nn.Module):
         self.knock = Knock(kind, head_dim)
 
     def absorbed_weight(self, dtype: torch.dtype) -> Tensor:
-        """W_i for every head i; with a linear knock W_i t (eq. 8): (H * D, n_in)."""
+        """The weight to use, W_i for every head i; for a linear knock W_i t: (H * D, n_in)."""
         weight = self.weight.to(dtype)
         return absorb(weight, self.knock.t) if self.knock.kind == "linear" else weight
 
     def forward(self, x: Tensor) -> Tensor:
+        # A linear knock is in the weight: x (W_i t) = (x W_i) t, cheaper for more tokens than n_in.
         heads = F.linear(x, self.absorbed_weight(x.dtype))  # (B, T, H * D)
         heads = heads.unflatten(-1, (-1, self.knock.head_dim))  # (B, T, H, D)
-        # A linear knock is in the weight already: x (W_i t) = (x W_i) t, cheaper for many tokens.
         return heads if self.knock.kind == "linear" else self.knock(heads)
 
 
-def absorb(weight: Tensor, t: Tensor) -> Tensor:
-    """Eq. 8: W_i t for every head i of a transposed weight (H * D, n_in): the same shape."""
-    heads = weight.unflatten(0, (-1, len(t)))  # (H, D, n_in)
-    return (t.mT.to(weight.dtype) @ heads).flatten(0, 1)  # (W_i t)^T = t^T W_i^T
+def absorb(weight: Tensor, m: Tensor) -> Tensor:
+    """Eq. 8 for m = t: W_i m for all heads i of a transposed weight (H * D, n_in): same shape."""
+    heads = weight.unflatten(0, (-1, len(m)))  # (H, D, n_in)
+    return (m.mT.to(weight.dtype) @ heads).flatten(0, 1)  # (W_i m)^T = m^T W_i^T
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias that casts its weight to the dtype of its input."""
+    """nn.Linear without bias. As in all layers here, its weight is cast to the dtype of x."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
@@ -170,7 +170,7 @@ class Common(NamedTuple):
 
     position: Tensor  # (T,) integers
     rope: tuple[Tensor, Tensor]  # cosine and sine of the angles, (T, 1, rope_dim / 2)
-    mask: Tensor | None  # (T, S), true where token t sees token s; None: causal
+    mask: Tensor | None  # (T, S), true where t sees s; None: the tokens begin a text, causal
 
 
 def rope_tables(position: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -188,9 +188,9 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """O_i of eq. 4 for each head, softmax(q k^T / sqrt(width of q)) v: (B, T, H, D), as wide as v.
-    q (B, T, H, D), k and v (B, S, H_kv, D): H / H_kv query heads share a key/value head. In MLA, q
-    and k are wider than v. mask None: a token sees itself and all before it."""
+    """O_i of eq. 4 for each head, softmax(q k^T / sqrt(d)) v: (B, T, H, D). q is (B, T, H, d), k
+    (B, S, H_kv, d) and v (B, S, H_kv, D), with d = D; only in MLA d is more. H / H_kv query heads
+    share a key/value head. mask None: a token sees itself and all before it."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or H_kv, T or S, D)
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
                                        enable_gqa=q.shape[1] > k.shape[1])
@@ -284,8 +284,8 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, targets=None, position=None, cache=None) -> Tensor:
         """Logits (B, T, V) of the token after each of tokens (B, T); or with targets (B, T) the
         mean cross-entropy in nats, a scalar. A cache (sample.Cache) stores what later tokens need.
-        With `position` (T,), tokens continue the text in the cache; without it they begin a text.
-        Raises ValueError for more than block_size tokens."""
+        With `position`, a tensor (T,), tokens continue the text in the cache. Without it they begin
+        one, also in the cache. Raises ValueError for more than block_size tokens."""
         T, config = tokens.shape[1], self.config
         if T > config.block_size:
             raise ValueError(f"{T} tokens are more than the model's context of {config.block_size}")
@@ -419,7 +419,7 @@ class KnockedLinear(nn.Linear):
 def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=slice(None)) -> dict:
     """Put knocks of `kind` (linear or mlp) on a model that is not ours: on each nn.Linear with a
     name that fits the fnmatch `pattern`, such as "*.v_proj". Its heads, each head_dim neighbouring
-    outputs, share one knock. With `rows` only these outputs have it: nanoGPT's values are
+    outputs, share one knock. With `rows`, a slice, only these outputs have it: nanoGPT's values are
     slice(2 * n_embd, 3 * n_embd), GPT-NeoX's are no slice. Knocks start as the identity, in float32
     or wider: in bfloat16 a small step from 1 is lost. Returns {name of a projection: its Knock}.
     Raises ValueError if none matches or one cannot be knocked. Call it before DDP and FSDP. To
@@ -435,7 +435,7 @@ def add_knocks(model: nn.Module, kind: str, pattern: str, head_dim: int, rows=sl
         if fnmatch.fnmatchcase(name, pattern):
             matches.setdefault(part, name)
     if not matches:
-        raise ValueError(f"no module's name matches {pattern!r}: see model.named_modules()")
+        raise ValueError(f"no module's full name matches {pattern!r}: see model.named_modules()")
     for part, name in matches.items():
         name = name or "the model"
         if type(part) not in (nn.Linear, KnockedLinear):
@@ -480,9 +480,9 @@ class FoldedGate(nn.Module):
 def fold(model: nn.Module) -> nn.Module:
     """Multiply knocks into the weights beside them, in place; returns the model. Its outputs change
     by rounding only. Linear knocks vanish (eq. 8), also those of `add_knocks` if no MLP knock is on
-    the same projection. Of an mlp or gate knock in `Heads` a `FoldedGate` remains. No Config
-    describes it, so save the model before. Other knocks stay as they are. Raises ValueError, with
-    nothing changed, if one of these weights is shared, sharded or computed."""
+    the same projection. Of an mlp or gate knock in `Heads` a `FoldedGate` remains: fewer products,
+    but a wider projection, which no Config describes, so save the model before. Other knocks stay.
+    Raises ValueError, with nothing changed, if such a weight is shared, sharded or computed."""
     attns = [part for part in model.modules() if isinstance(part, GQA)]
     # Attention is linear in the values. So W^down can go into W^O, which all of them pass.
     wo = {attn.wv: attn.wo for attn in attns if attn.wv.knock.kind == "mlp"}
@@ -505,7 +505,7 @@ def fold(model: nn.Module) -> nn.Module:
         else:
             fold_gate(part, wo.get(part))
     if isinstance(model, Transformer):
-        gone = {field: "none" for field, kind in vars(model.config).items() if kind == "linear"}
+        gone = {f: "none" for f, kind in vars(model.config).items() if kind == "linear"}  # knocks
         model.config = replace(model.config, **gone, knock_init="identity")
     torch.clear_autocast_cache()  # it may hold the old weights
     return model
@@ -513,15 +513,15 @@ def fold(model: nn.Module) -> nn.Module:
 
 def check_own(model: nn.Module, parts: set[nn.Module]) -> None:
     """Raises ValueError if a change of these weights would be lost, or change others, too."""
-    held = [id(x) for m in model.modules() for x in (*m._modules.values(), *m._parameters.values())]
+    ids = [id(x) for m in model.modules() for x in (*m._modules.values(), *m._parameters.values())]
     sharded = any(hasattr(part, "reshard") for part in model.modules())  # by FSDP
     for name, part in model.named_modules():
         if part not in parts:
             continue
         own = [x for x in (part, part.weight, getattr(part, "bias", None)) if x is not None]
-        # LoRA shows the weight of the layer in it. Another forward may take another weight.
+        # LoRA's .weight belongs to the layer in it. A replaced forward may not use .weight.
         wrapped = part.weight is not part._parameters.get("weight") or "forward" in vars(part)
-        if sharded or wrapped or any(type(x) is Tensor or held.count(id(x)) > 1 for x in own):
+        if sharded or wrapped or any(type(x) is Tensor or ids.count(id(x)) > 1 for x in own):
             raise ValueError(f"{name} is shared, sharded or computed: fold first, or merge LoRA")
 
 

@@ -136,8 +136,8 @@ def generate(
 
     The model sees at most its context, block_size tokens; of a longer prompt it sees the end. When
     a text fills the context, its last half becomes the start of the cache and writing goes on.
-    Call model.eval() first, or a mixture counts these tokens into its load. Raises ValueError,
-    before anything is computed, for an impossible prompt or option.
+    Call model.eval() first, or a mixture counts these tokens into its load. Raises ValueError at
+    the first next(), for an impossible prompt or option.
     """
     config, device = model.config, model.embed.weight.device
     if not prompt:
@@ -156,19 +156,19 @@ def generate(
     cache = Cache(model, length)
     texts = torch.zeros(n_samples, length, dtype=torch.long, device=device)  # tokens by position
 
-    def read(text: Tensor) -> Tensor:
+    def prefill(text: Tensor) -> Tensor:
         """Begin the cache with text (B, T); returns the logits of the next token, (B, V)."""
         with torch.compiler.set_stance("force_eager"):  # each T would be compiled for itself
             return model(text, cache=cache)[:, -1, :n_vocab]
 
     n_cached = len(prompt)  # tokens in the cache; on the device this number is `position`
     texts[:, :n_cached] = torch.tensor(prompt, device=device)
-    logits = read(texts[:1, :n_cached])  # (1, V)
+    logits = prefill(texts[:1, :n_cached])  # (1, V)
     cache.repeat(n_samples)
     tokens = draw(logits.repeat(n_samples, 1))  # (B,)
     position = torch.tensor([n_cached], device=device)
 
-    def step() -> None:
+    def decode() -> None:
         """Put the drawn tokens into the cache, and draw the next."""
         texts.index_copy_(1, position, tokens[:, None])
         logits = model(tokens[:, None], position=position, cache=cache)[:, -1, :n_vocab]  # (B, V)
@@ -182,12 +182,13 @@ def generate(
             if n_cached == length:
                 n_cached = max(1, length // 2)
                 rest = texts[:, length - n_cached + 1 :]  # one token less: the new one comes too
-                tokens.copy_(draw(read(torch.cat((rest, tokens[:, None]), dim=1))))  # (B, n_cached)
+                text = torch.cat((rest, tokens[:, None]), dim=1)  # (B, n_cached)
+                tokens.copy_(draw(prefill(text)))
                 position.fill_(n_cached)
             else:
                 if n_step == 1 and can_capture(model):  # it has run once, as `capture` needs
-                    step = capture(step, generator)
-                step()
+                    decode = capture(decode, generator)
+                decode()
                 n_cached, n_step = n_cached + 1, n_step + 1
         new, _ = arrive()
         ended = [end or token == eot for token, end in zip(new, ended, strict=True)]

@@ -8,6 +8,8 @@ torchrun --nproc_per_node 8 train.py gpt2 --data FOLDER (made by data/prepare.py
 All that is random is a function of seed and step: the weights' start, and the sequences of each
 batch. So there is no random state to save, the number of processes changes nothing but rounding,
 and a run that is resumed is the same run.
+
+Read `update`. `main` is the loop around it, with resuming, signals and CUDA graphs.
 """
 
 import dataclasses
@@ -263,16 +265,16 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     impossible.
     """
     configs = {name: CONFIGS[name] | RECIPES[name] for name in CONFIGS}
-    options = add_fields("train.py", __doc__, configs, "toy", (Config, TrainConfig))
-    options.add_argument("--resume", action="store_true", default=False,
-                         help="go on from the newest checkpoint in --out, if any; the command can"
-                         " change its settings, not its model; a config then only gives an --out")
-    given = vars(parse_args(options, argv))
-    name, resume = given.pop("config"), given.pop("resume")
-    shape = {f.name: given.pop(f.name) for f in dataclasses.fields(Config) if f.name in given}
-    settings = {"out": f"out/{name}", **RECIPES[name], **given}
+    parser = add_fields("train.py", __doc__, configs, "toy", (Config, TrainConfig))
+    parser.add_argument("--resume", action="store_true", default=False,
+                        help="go on from the newest checkpoint in --out, if any; the command can"
+                        " change its settings, not its model; a config then only gives an --out")
+    options = vars(parse_args(parser, argv))
+    name, resume = options.pop("config"), options.pop("resume")
+    shape = {f.name: options.pop(f.name) for f in dataclasses.fields(Config) if f.name in options}
+    settings = {"out": f"out/{name}", **RECIPES[name], **options}
     if resume and (saved := list_to_resume(settings["out"])):
-        return go_on(read_newest(saved), settings["out"], shape, given)
+        return go_on(read_newest(saved), settings["out"], shape, options)
     train = TrainConfig(**settings)
     if train.init:
         config, checkpoint = start_from(train.init, shape)
@@ -286,16 +288,18 @@ def parse_config(argv: list[str]) -> tuple[Config, TrainConfig, dict | None]:
     return config, train, checkpoint
 
 
-def go_on(checkpoint: dict, out: str, shape: dict, given: dict) -> tuple[Config, TrainConfig, dict]:
+def go_on(
+    checkpoint: dict, out: str, shape: dict, options: dict
+) -> tuple[Config, TrainConfig, dict]:
     """What `parse_config` returns for a run that goes on from a checkpoint in `out`. The training
-    settings `given` now replace the checkpoint's; the model's cannot change. Raises ValueError for
+    settings in `options` replace the checkpoint's; the model's cannot change. Raises ValueError for
     another `shape` or init, or for a run of another version."""
     try:
         before = TrainConfig(**{**checkpoint["train"], "out": out})
     except TypeError as error:
         raise ValueError(f"the run in {out} is not of this version of train.py ({error}): sample"
                          " from it only") from error
-    config, train = Config(**checkpoint["config"]), dataclasses.replace(before, **given)
+    config, train = Config(**checkpoint["config"]), dataclasses.replace(before, **options)
     fixed = {**asdict(config), "init": before.init}
     for field, value in {**shape, "init": train.init}.items():
         if fixed[field] != value:
@@ -352,7 +356,7 @@ def main(argv: list[str]) -> None:
     settings = {"config": asdict(config), "train": asdict(train), "tokenizer": meta["tokenizer"],
                 "data": meta["train"]["sha256"]}
     log.begin(model, settings, device, n_process, len(tokens))
-    # A checkpoint has the settings as given, see check_run, and needs no file of the data.
+    # A checkpoint has the micro_batch as given, not that which fits (check_run), and needs no data.
     settings |= {"train": asdict(given), "tokenizer": tokenizer_for_checkpoint(tokenizer)}
 
     def draw(step: int) -> Tensor:
@@ -362,7 +366,7 @@ def main(argv: list[str]) -> None:
 
     step_once = partial(update, model, wrapped, optimizer, train)
     waiting, n_stopping = deque(), 0
-    reserves = rank == 0 and train.save_every and start < train.steps  # memory, before training
+    reserves = rank == 0 and train.save_every and start < train.steps  # a checkpoint's memory, now
     saver = Saver(train.out, start, best, model if reserves else None)
     with Signals() as signals, advice_on_memory(config, train, n_process), saver:
         micros = draw(start)
@@ -372,8 +376,8 @@ def main(argv: list[str]) -> None:
             done, last, lr = step + 1, step + 1 == train.steps, lr_at(step, train)
             for group in optimizer.param_groups:
                 group["lr"].fill_(lr)
-            numbers = step_once(micros)
-            waiting.append((done, lr, copy_with_stop(numbers, signals.came or saver.failed)))
+            new = step_once(micros)
+            waiting.append((done, lr, copy_with_stop(new, signals.came or saver.failed)))
             micros = draw(done)  # while the device computes
 
             evaluates = last or done % train.eval_every == 0
