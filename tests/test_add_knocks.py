@@ -422,7 +422,7 @@ def test_a_projection_with_a_forward_of_its_own_is_not_folded(of):
     "arguments,message",
     [
         (("lin", "*.v_proj", 8), "kind must be linear or mlp, not 'lin'"),
-        (("mlp", "*.value", 8), "no module's name matches '\\*.value'"),
+        (("mlp", "*.value", 8), "no module's full name matches '\\*.value'"),
         (("mlp", "?", 8), "0 is a Values, not an nn.Linear"),
         (("mlp", "*", 8), "the model is a Sequential, not an nn.Linear"),
         (("mlp", "*.v_proj", 7), "outputs 0:16:1 of 0.v_proj are not heads of 7"),
