@@ -356,7 +356,7 @@ def main(argv: list[str]) -> None:
     settings = {"config": asdict(config), "train": asdict(train), "tokenizer": meta["tokenizer"],
                 "data": meta["train"]["sha256"]}
     log.begin(model, settings, device, n_process, len(tokens))
-    # A checkpoint has the micro_batch as given, not that which fits (check_run), and needs no data.
+    # Checkpoints keep the micro_batch as given, not the one that fits, and the whole tokenizer.
     settings |= {"train": asdict(given), "tokenizer": tokenizer_for_checkpoint(tokenizer)}
 
     def draw(step: int) -> Tensor:
@@ -390,7 +390,7 @@ def main(argv: list[str]) -> None:
             val_loss = None
             if evaluates:
                 share = evaluate(wrapped, held_out, T, train.micro_batch, device, rank, n_process)
-                val_loss = sum_over_processes(share).item()  # waits, so its signals have come
+                val_loss = sum_over_processes(share).item()  # this waits, and signals may come
                 n_stopping += sum_over_processes(torch.full_like(share, signals.came)).item()
                 log.evaluation(done, val_loss, val_loss * bpb, knock_movement(model))
             # After a skipped update the weights may be at fault: then only the end of a run saves.
