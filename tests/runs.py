@@ -66,8 +66,10 @@ def run_process(*args, env=None, **how):
 
 
 def as_in_a_terminal():
-    """For preexec_fn: under nohup the tests would start a process with SIGHUP ignored."""
+    """For preexec_fn: nohup ignores SIGHUP for all that the tests start, and a shell ignores SIGINT
+    for what it runs in the background."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def start_process(*args, preexec_fn=None, **how):
