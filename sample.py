@@ -247,7 +247,8 @@ def write_samples(
     steps = generate(
         model, ids, n_samples, n_vocab=tokenizer.n_vocab, eot=tokenizer.eot_token, **options
     )
-    # A token may end within a UTF-8 character: the decoder waits for the rest.
+    # A token may end within a UTF-8 character: the decoder waits for the rest. A text's decoder is
+    # made when it begins, so that for too many texts the model finds first that there is no room.
     decoders = defaultdict(partial(codecs.getincrementaldecoder("utf-8"), errors="replace"))
     texts, n_shown = [prompt] * n_samples, 0
     for new in steps:

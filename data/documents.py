@@ -214,7 +214,7 @@ def read_parquet(path: Path, field: str) -> Iterator[tuple[int, dict]]:
 
     try:
         # By default pyarrow holds the whole file.
-        file = pyarrow.parquet.ParquetFile(open(path, "rb"), buffer_size=PIECE, pre_buffer=False)
+        file = pyarrow.parquet.ParquetFile(open_file(path), buffer_size=PIECE, pre_buffer=False)
         fields = [field] if field in file.schema_arrow.names else None
         batches = file.iter_batches(batch_size=100, columns=fields)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)

@@ -34,7 +34,7 @@ def run_script(main: Callable[[list[str]], None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError, MemoryError, OverflowError, RuntimeError) as error:
-        memory = isinstance(error, (MemoryError, OverflowError, RuntimeError))
+        memory = not isinstance(error, (ValueError, OSError))
         words = "ried to allocate|size calculation overflowed"  # torch's, of memory
         if isinstance(error, RuntimeError) and not re.search(words, str(error)):
             raise

@@ -128,10 +128,11 @@ def read_results(folder: Path) -> list[dict]:
 def append_result(path: Path, result: dict) -> None:
     """Add a line to a results file. It appears whole or, if the disk is full, not at all."""
     text = json.dumps(result, allow_nan=False).encode() + b"\n"
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         size = os.path.getsize(path)
-        if size and path.read_bytes()[-1:] != b"\n":  # a killed process left half a line
+        file.seek(max(0, size - 1))
+        if file.read() not in (b"", b"\n"):  # a killed process left half a line
             text = b"\n" + text
         if file.write(text) < len(text):
             file.truncate(size)

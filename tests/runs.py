@@ -72,15 +72,15 @@ def as_in_a_terminal():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def start_process(*args, preexec_fn=None, **how):
-    """Start a script, as a process with its output in `stdout`."""
+def start_process(*args, **how):
+    """Start a script as a terminal does, as a process with its output in `stdout`."""
     return subprocess.Popen(
         command(*args, **how),
         env=environment(),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        preexec_fn=preexec_fn,
+        preexec_fn=as_in_a_terminal,
     )
 
 

@@ -28,7 +28,6 @@ from tests.runs import (
     LONG,
     ROOT,
     SHORT,
-    as_in_a_terminal,
     assert_same_run,
     at_step,
     change_token,
@@ -777,7 +776,7 @@ def half_saved(start, slow_disk, data, tmp_path):
     """A run that has written half of a checkpoint, and its folder."""
     out = tmp_path / "run"
     args = [*LONG, "--save_every", 10, "--data", data, "--out", out]
-    process = start(*args, script=slow_disk, preexec_fn=as_in_a_terminal)
+    process = start(*args, script=slow_disk)
     while "half of step 20" not in process.stdout.readline():
         assert process.poll() is None
     return process, out

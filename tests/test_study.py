@@ -17,7 +17,7 @@ import torch
 from data.checkpoint import list_checkpoints
 from tests import report, study
 from tests.peers import split_command
-from tests.runs import LIMIT, ROOT, SHAPE, SHORT, as_in_a_terminal, limit_files
+from tests.runs import LIMIT, ROOT, SHAPE, SHORT, limit_files
 from train import main, parse_config
 
 TINY = f"toy {' '.join(SHAPE)} --batch_tokens 256 --prompt a"
@@ -73,8 +73,7 @@ study.STUDIES["tiny"] = study.Study("", [study.Run(*run) for run in {commands!r}
 run_script(study.main)
 """)
         words = ["tiny", "--data", data, "--results", "results"]
-        script = tmp_path / "study.py"
-        return start(*words, script=script, preexec_fn=as_in_a_terminal)
+        return start(*words, script=tmp_path / "study.py")
 
     return start_some
 
